@@ -1,0 +1,1 @@
+"""Tensor operations for the hot paths: one contract each, a readable reference and fast implementations."""

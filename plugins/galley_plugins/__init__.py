@@ -1,0 +1,1 @@
+"""What runs inside a vLLM process: tasks, pooling and models that an unmodified vLLM loads as plugins."""

@@ -1,0 +1,274 @@
+"""Galley's configuration: one YAML file, `GALLEY_*` environment variables over it, command-line flags over both.
+
+Everything is validated once at start-up into frozen objects. A wrong value stops the start with a `ConfigError`
+that names the key, what was found and what was expected.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+BUILTIN_MODEL = "builtin:smollm2-135m-instruct"
+ENV_PREFIX = "GALLEY_"
+
+MiB = 1024 * 1024
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` has one line for each wrong key."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.source = source
+        self.problems = problems
+        super().__init__("\n".join([f"{source}: {len(problems)} problem(s)", *(f"  {p}" for p in problems)]))
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Timeouts(_Frozen):
+    """Limits of one relayed request, in seconds. There is none on its total: long answers are legitimate."""
+
+    connect: Seconds = 5.0
+    first_byte: Seconds = Field(
+        600.0, description="until the worker's first byte; a unary answer is one byte run"
+    )
+    idle: Seconds = Field(120.0, description="between two chunks of a stream")
+
+
+class GatewayConfig(_Frozen):
+    host: str = Field("127.0.0.1", min_length=1)
+    port: int = Field(8000, ge=0, le=65_535, description="0 takes a free port")
+    timeouts: Timeouts = Timeouts()
+    max_body_bytes: int = Field(32 * MiB, ge=1024)
+    drain_seconds: float = Field(
+        30.0, ge=0, le=3600, description="how long a shutdown waits for running requests"
+    )
+    probe_seconds: Seconds = Field(2.0, description="between two health probes of a worker")
+    count_stream_tokens: bool = Field(
+        True,
+        description="ask the worker for usage on every stream, and hide it from clients that did not ask",
+    )
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: bool = True
+
+
+class EmbeddingConfig(_Frozen):
+    """How `/v1/embeddings` pools hidden states into a vector."""
+
+    pooling: Literal["mean", "last"] = "mean"
+    normalize: bool = True
+
+
+def _flag_name(value: Any) -> Any:
+    """Accept `max_model_len` and `max-model-len` alike as the name of an engine option."""
+    if not isinstance(value, dict):
+        return value
+    return {str(key).lstrip("-").replace("_", "-"): item for key, item in value.items()}
+
+
+EngineOptions = Annotated[dict[str, Any], BeforeValidator(_flag_name)]
+
+# Galley sets these itself; passing them through as well would start something else than was asked for.
+RESERVED_ENGINE_OPTIONS = {
+    "additional-config": "set by galley",
+    "host": "workers listen on loopback",
+    "model": "use weights:",
+    "pooler-config": "use embedding:",
+    "port": "chosen by galley",
+    "runner": "use tasks:",
+    "served-model-name": "use name: and aliases:",
+    "worker-cls": "set by galley",
+}
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}$")
+
+
+class ModelConfig(_Frozen):
+    """One served model and the workers that serve it."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    weights: str = Field(BUILTIN_MODEL, min_length=1, description="builtin:NAME, a local path or a hub id")
+    replicas: int = Field(1, ge=1, le=64)
+    tasks: frozenset[Literal["generate", "embed"]] = Field(frozenset({"generate", "embed"}), min_length=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    engine: EngineOptions = Field({}, description="any option of `vllm serve`, by its flag name")
+    env: dict[str, str] = Field({}, description="environment variables of the worker")
+    urls: tuple[HttpUrl, ...] = Field((), description="workers that run already; galley starts none then")
+
+    @field_validator("name", "aliases", mode="after")
+    @classmethod
+    def _check_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            if not _NAME.match(name):
+                raise ValueError(
+                    "expected letters, digits and . _ / : - (128 at most), starting with one of the first two"
+                )
+        return value
+
+    @field_validator("engine", mode="after")
+    @classmethod
+    def _check_engine(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for option, instead in RESERVED_ENGINE_OPTIONS.items():
+            if option in value:
+                raise ValueError(f"engine option {option!r} is not passed through: {instead}")
+        return value
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+class WorkerConfig(_Frozen):
+    """How workers are started and kept running."""
+
+    ready_seconds: Seconds = Field(900.0, description="how long a worker may take to become ready")
+    backoff_seconds: Seconds = Field(1.0, description="first wait before a dead worker is restarted; doubles")
+    backoff_max_seconds: Seconds = 60.0
+    stop_seconds: Seconds = Field(15.0, description="between asking a worker to stop and ending it")
+    log_dir: Path | None = Field(None, description="default: logs/ in galley's cache folder")
+
+
+def _default_models() -> tuple[ModelConfig, ...]:
+    return (ModelConfig(name="smollm2"),)
+
+
+class Config(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", protected_namespaces=()
+    )
+
+    gateway: GatewayConfig = GatewayConfig()
+    worker: WorkerConfig = WorkerConfig()
+    models: tuple[ModelConfig, ...] = Field(default_factory=_default_models, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_unique_names(self) -> Config:
+        seen: set[str] = set()
+        for model in self.models:
+            for name in model.served_names:
+                if name in seen:
+                    raise ValueError(
+                        f"models: the name {name!r} is used twice; names and aliases must be unique"
+                    )
+                seen.add(name)
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (
+            init_settings,
+            env_settings,
+        )  # no .env file, no secrets folder; `load` adds the YAML file below
+
+    def model_named(self, name: str) -> ModelConfig | None:
+        return next((model for model in self.models if name in model.served_names), None)
+
+
+# Variables that galley reads outside the configuration; any other unknown GALLEY_* name is a spelling mistake.
+_OTHER_VARIABLES = {"GALLEY_CACHE_DIR", "GALLEY_DATA", "GALLEY_STATUS_FILE"}
+
+
+def load(path: Path | None = None, flags: dict[str, Any] | None = None) -> Config:
+    """Read and validate the configuration.
+
+    Args:
+        path: the YAML file; None means the defaults (the built-in model on loopback).
+        flags: nested values from the command line, e.g. `{"gateway": {"port": 8080}}`; they win over everything.
+
+    Raises:
+        ConfigError: naming each wrong key, what was found and what was expected.
+    """
+    source = str(path) if path else "configuration"
+    values = _read_yaml(path) if path else {}
+    _check_environment()
+
+    class Loaded(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *sources: Any, **named: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            file_settings = InitSettingsSource(settings_cls, init_kwargs=values)
+            return (named["init_settings"], named["env_settings"], file_settings)
+
+    try:
+        return Loaded(**(flags or {}))
+    except ValidationError as error:
+        raise ConfigError(source, [_describe(problem) for problem in error.errors()]) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), [f"found {type(values).__name__}, expected a mapping of settings"])
+    unknown = sorted(str(key) for key in values if key not in Config.model_fields)
+    if unknown:
+        expected = ", ".join(Config.model_fields)
+        raise ConfigError(
+            str(path), [f"{key}: unknown setting, expected one of {expected}" for key in unknown]
+        )
+    return values
+
+
+def _check_environment() -> None:
+    known = {ENV_PREFIX + field.upper() for field in Config.model_fields}
+    problems = [
+        f"{name}: unknown variable, expected {', '.join(sorted(known))} (nested with __) or {', '.join(sorted(_OTHER_VARIABLES))}"
+        for name in sorted(os.environ)
+        if name.startswith(ENV_PREFIX) and name.split("__")[0] not in known and name not in _OTHER_VARIABLES
+    ]
+    if problems:
+        raise ConfigError("environment", problems)
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "configuration"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown setting"
+    if not problem["loc"]:
+        return message
+    found = problem["input"]
+    return f"{key}: found {found!r} ({type(found).__name__}); {message[0].lower() + message[1:]}"
