@@ -1,7 +1,7 @@
-"""Galley's configuration: one YAML file, `GALLEY_*` environment variables over it, command-line flags over both.
+"""Galley's configuration: one YAML file, `GALLEY_*` environment over it, command-line flags over both.
 
-Everything is validated once at start-up into frozen objects. A wrong value stops the start with a `ConfigError`
-that names the key, what was found and what was expected.
+Everything is validated once at start-up into frozen objects. A wrong value stops the start with a
+`ConfigError` that names the key, what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class Config(BaseSettings):
         return next((model for model in self.models if name in model.served_names), None)
 
 
-# Variables that galley reads outside the configuration; any other unknown GALLEY_* name is a spelling mistake.
+# Variables read outside the configuration; any other unknown GALLEY_* name is a spelling mistake.
 _OTHER_VARIABLES = {"GALLEY_CACHE_DIR", "GALLEY_DATA", "GALLEY_STATUS_FILE"}
 
 
@@ -207,7 +207,7 @@ def load(path: Path | None = None, flags: dict[str, Any] | None = None) -> Confi
 
     Args:
         path: the YAML file; None means the defaults (the built-in model on loopback).
-        flags: nested values from the command line, e.g. `{"gateway": {"port": 8080}}`; they win over everything.
+        flags: nested values from the command line, e.g. `{"gateway": {"port": 8080}}`; they win.
 
     Raises:
         ConfigError: naming each wrong key, what was found and what was expected.
@@ -252,8 +252,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _check_environment() -> None:
     known = {ENV_PREFIX + field.upper() for field in Config.model_fields}
+    expected = f"{', '.join(sorted(known))} (nested with __) or {', '.join(sorted(_OTHER_VARIABLES))}"
     problems = [
-        f"{name}: unknown variable, expected {', '.join(sorted(known))} (nested with __) or {', '.join(sorted(_OTHER_VARIABLES))}"
+        f"{name}: unknown variable, expected {expected}"
         for name in sorted(os.environ)
         if name.startswith(ENV_PREFIX) and name.split("__")[0] not in known and name not in _OTHER_VARIABLES
     ]
@@ -263,7 +264,7 @@ def _check_environment() -> None:
 
 def _describe(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"]) or "configuration"
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{key}: missing"
     if problem["type"] == "extra_forbidden":
