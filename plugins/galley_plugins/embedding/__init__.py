@@ -1,0 +1,1 @@
+"""Vectors from hidden states: pooling that knows neither runner nor scheduler."""

@@ -1,0 +1,36 @@
+"""Target of the `vllm.general_plugins` entry point: vLLM calls `register` in each of its processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from importlib import metadata
+
+from galley_plugins import progress, vllm_compat
+from galley_plugins.processes import die_with
+
+DISTRIBUTION = "galley-serve"
+STAGE = "plugins loaded"
+
+_registered = False
+
+
+def register() -> None:
+    """Prepare this process for Galley's plugins; further calls do nothing.
+
+    Raises:
+        IncompatibleVllmError: this vLLM is not supported.
+    """
+    global _registered
+    if _registered:
+        return
+    vllm_compat.check_version()
+    process = multiprocessing.current_process()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        die_with(parent.pid)
+    _registered = True
+    progress.report(STAGE, process=process.name, **versions())
+
+
+def versions() -> dict[str, str]:
+    return {"galley": metadata.version(DISTRIBUTION), "vllm": vllm_compat.vllm_version()}

@@ -1,0 +1,41 @@
+"""`--worker-cls` on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import vllm.v1.worker.cpu_worker as vllm_cpu_worker
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from galley_plugins import vllm_compat
+from galley_plugins.options import PluginOptions
+from galley_plugins.runners.compose import compose_runner
+from galley_plugins.runners.report import ReportingWorker
+
+
+class GalleyCPUWorker(ReportingWorker, CPUWorker):
+    """vLLM's CPU worker around a runner with Galley's mixins, V1 or V2."""
+
+    def init_device(self) -> None:
+        vllm_compat.check("worker-cpu")
+        options = PluginOptions.from_vllm_config(self.vllm_config)
+        with _runner_class(options, v2=self.use_v2_model_runner):
+            super().init_device()
+
+
+@contextmanager
+def _runner_class(options: PluginOptions, *, v2: bool) -> Iterator[None]:
+    """`CPUWorker.init_device` builds the runner itself, by a name in its module; stand ours there meanwhile."""
+    owner: Any
+    if v2:
+        import vllm.v1.worker.cpu.model_runner as owner
+    else:
+        owner = vllm_cpu_worker
+    original = owner.CPUModelRunner
+    owner.CPUModelRunner = compose_runner(original, options, v2=v2)
+    try:
+        yield
+    finally:
+        owner.CPUModelRunner = original

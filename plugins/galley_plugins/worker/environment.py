@@ -1,0 +1,66 @@
+"""Environment variables of a worker; some only take effect before the interpreter starts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from galley_plugins.worker.device import Device
+
+PLUGINS = ("galley", "galley_status")
+KEEP_ALIVE_SECONDS = 120  # longer than the gateway keeps an idle connection, so that it never races a close
+
+
+def worker_environment(device: Device, current: Mapping[str, str]) -> dict[str, str]:
+    """The whole environment for the server; what the user set stays, except that Galley's plugins are added."""
+    environment = dict(current)
+    named = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
+    environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*PLUGINS, *named]))
+    defaults = {
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        # vLLM keeps one core back per worker by default; on small machines that halves the speed.
+        defaults["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    for name, value in defaults.items():
+        environment.setdefault(name, value)
+    if device == "cpu":
+        preload = [path for path in environment.get("LD_PRELOAD", "").split(":") if path]
+        for library in preloaded_libraries():
+            if not any(library.name.split(".")[0] in path for path in preload):
+                preload.append(str(library))
+        if preload:
+            environment["LD_PRELOAD"] = ":".join(preload)
+    return environment
+
+
+def preloaded_libraries() -> list[Path]:
+    """Intel's OpenMP runtime (package intel-openmp) and the system's tcmalloc, as far as they are there."""
+    libraries = []
+    tcmalloc = _system_library("libtcmalloc_minimal.so.4") or _system_library("libtcmalloc.so.4")
+    if tcmalloc is not None:
+        libraries.append(tcmalloc)
+    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if openmp.is_file():
+        libraries.append(openmp)
+    return libraries
+
+
+def _system_library(name: str) -> Path | None:
+    loader = next((path for path in ("/sbin/ldconfig", "/usr/sbin/ldconfig") if os.access(path, os.X_OK)), None)
+    if loader is None:
+        return None
+    listing = subprocess.run([loader, "-p"], capture_output=True, text=True, check=False, timeout=10).stdout
+    for line in listing.splitlines():
+        if line.strip().startswith(name + " ") and "x86-64" in line:
+            return Path(line.rsplit("=> ", 1)[1].strip())
+    return None

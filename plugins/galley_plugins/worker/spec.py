@@ -1,0 +1,69 @@
+"""What a worker is asked to serve: the command line of `python -m galley_plugins.worker`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from galley_plugins.options import PluginOptions, Pooling
+
+TASKS = ("generate", "embed")
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One worker.
+
+    Attributes:
+        weights: `builtin:NAME`, a local path or a hub id.
+        names: the names that requests may call the model by; the first is the model's own.
+        tasks: "generate", "embed" or both.
+        engine: options of `vllm serve` by flag name; they win over Galley's defaults.
+        compile: torch.compile on, off, or what suits the device.
+    """
+
+    weights: str
+    names: tuple[str, ...]
+    port: int
+    host: str = "127.0.0.1"
+    tasks: frozenset[str] = frozenset(TASKS)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def both_tasks(self) -> bool:
+        return self.tasks == frozenset(TASKS)
+
+    @property
+    def plugin_options(self) -> PluginOptions:
+        return PluginOptions(embed=self.both_tasks, pooling=self.pooling)
+
+
+def parse(arguments: list[str] | None = None) -> WorkerSpec:
+    """Read a command line; a wrong one ends the process with a message and exit status 2, as argparse does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m galley_plugins.worker",
+        description="Start one vLLM server with Galley's plugins. `galley serve` and `galley worker` call this.",
+    )
+    parser.add_argument("--weights", required=True, help="builtin:NAME, a local path or a hub id")
+    parser.add_argument("--name", action="append", required=True, dest="names", help="served name; repeatable")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated: generate, embed")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--pooling", choices=("mean", "last"), default="mean")
+    parser.add_argument("--no-normalize", action="store_false", dest="normalize", help="vectors keep their length")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile")
+    parser.add_argument("--engine", type=json.loads, default={}, help="options of `vllm serve`, as a JSON object")
+    values = vars(parser.parse_args(arguments))
+    tasks = frozenset(values.pop("tasks").split(","))
+    if not tasks or not tasks <= set(TASKS):
+        parser.error(f"--tasks: found {','.join(sorted(tasks))!r}, expected generate, embed or both")
+    if not isinstance(values["engine"], dict):
+        parser.error("--engine: expected a JSON object")
+    return WorkerSpec(names=tuple(values.pop("names")), tasks=tasks, **values)
