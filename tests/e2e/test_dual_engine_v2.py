@@ -1,0 +1,62 @@
+"""The dual engine on runner V2, CUDA's default, through Triton's interpreter; a token takes about 0.2 s."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
+from tests.support import reference
+from tests.support.engines import FLOAT32, Server, galley_worker, plain_vllm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+V2_ON_CPU = Path(__file__).parents[1] / "support" / "v2_on_cpu"
+OPTIONS = {**FLOAT32, "max-model-len": 1024, "max-num-batched-tokens": 128, "max-num-seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def plain_chats() -> list[str]:
+    with plain_vllm(OPTIONS) as server:
+        return [content_of(server, prompt) for prompt in PROMPTS[:3]]
+
+
+@pytest.fixture(scope="module")
+def engine(plain_chats: list[str]) -> Iterator[Server]:
+    environment = {"PYTHONPATH": str(V2_ON_CPU), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    with galley_worker(OPTIONS, env=environment) as server:
+        yield server
+
+
+def content_of(server: Server, prompt: str) -> str:
+    return server.chat(prompt, max_tokens=12)["choices"][0]["message"]["content"]
+
+
+def test_it_is_runner_v2(engine: Server) -> None:
+    (worker,) = engine.client.get("/galley/status").json()["workers"]
+    assert worker["runner_version"] == 2
+    assert worker["tasks"] == ["generate", "embed"]
+
+
+def test_chats_equal_plain_vllm_and_embeddings_the_reference_in_the_same_batches(
+    engine: Server, plain_chats: list[str]
+) -> None:
+    texts = [SHORT_TEXTS[0], long_text(60, seed=3), SHORT_TEXTS[1]]  # the second spans three chunks
+    with ThreadPoolExecutor(6) as pool:
+        chats = [pool.submit(content_of, engine, prompt) for prompt in PROMPTS[:3]]
+        vectors = [pool.submit(engine.embed, text) for text in texts]
+        assert [chat.result() for chat in chats] == plain_chats
+        for text, vector in zip(texts, vectors, strict=True):
+            assert reference.cosine(vector.result()[0], reference.embed(text)) > 0.999
+
+
+def test_the_longest_prompt_and_a_short_vector(engine: Server) -> None:
+    ids = [(index * 37) % 40000 + 100 for index in range(1023)]
+    (vector,) = engine.embed(ids, dimensions=32)
+    assert reference.cosine(vector, reference.embed(ids, dimensions=32)) > 0.999
