@@ -26,7 +26,9 @@ class PluginOptions:
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):
-            raise ValueError(f"pooling: found {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
+            raise ValueError(
+                f"pooling: found {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}"
+            )
 
     def to_additional_config(self) -> dict[str, Any]:
         return {KEY: asdict(self)}

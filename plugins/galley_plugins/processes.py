@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent_pid: int, with_signal: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process `with_signal` when its parent ends (Linux; elsewhere nothing happens).
+    """Have the kernel send this process `with_signal` when its parent ends; Linux only.
 
     Args:
         parent_pid: the parent that is expected to be alive; if it is gone already, this process exits.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from galley_plugins import progress, registration
 
 if TYPE_CHECKING:
     from argparse import Namespace
+
+    from fastapi import FastAPI
 
 PATH = "/galley/status"
 

@@ -14,23 +14,37 @@ SUPPORTED = (0, 32)
 # (module, attribute path, why a plugin leans on it); the module is imported only in a process that uses it.
 INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "runner-v1": (
-        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", "sees a request's parameters first"),
-        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", "hidden states and batch together"),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner._update_states",
+            "sees a request's parameters first",
+        ),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner.sample_tokens",
+            "hidden states and batch together",
+        ),
         ("vllm.v1.worker.gpu_model_runner", "ExecuteModelState.hidden_states", "rows to pool"),
     ),
     "runner-v2": (
-        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests", "sees a request's parameters first"),
+        (
+            "vllm.v1.worker.gpu.model_runner",
+            "GPUModelRunner.add_requests",
+            "sees a request's parameters first",
+        ),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", "hidden states and batch together"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", "the step's output"),
     ),
     "worker-cpu": (
         ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),
     ),
-    "worker-cuda": (
-        ("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", "documented for subclasses"),
-    ),
+    "worker-cuda": (("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", "documented for subclasses"),),
     "scheduler": (
-        ("vllm.v1.core.sched.scheduler", "Scheduler.add_request", "marks requests that must compute every row"),
+        (
+            "vllm.v1.core.sched.scheduler",
+            "Scheduler.add_request",
+            "marks requests that must compute every row",
+        ),
         ("vllm.v1.request", "Request.get_skip_reading_prefix_cache", "the mark that the scheduler honours"),
     ),
 }

@@ -117,6 +117,7 @@ class ModelConfig(_Frozen):
     replicas: int = Field(1, ge=1, le=64)
     tasks: frozenset[Literal["generate", "embed"]] = Field(frozenset({"generate", "embed"}), min_length=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile")
     embedding: EmbeddingConfig = EmbeddingConfig()
     engine: EngineOptions = Field({}, description="any option of `vllm serve`, by its flag name")
     env: dict[str, str] = Field({}, description="environment variables of the worker")
@@ -166,10 +167,12 @@ class Config(BaseSettings):
 
     gateway: GatewayConfig = GatewayConfig()
     worker: WorkerConfig = WorkerConfig()
-    models: tuple[ModelConfig, ...] = Field(default_factory=_default_models, min_length=1)
+    models: tuple[ModelConfig, ...] = Field(default_factory=_default_models)
 
     @model_validator(mode="after")
-    def _check_unique_names(self) -> Config:
+    def _check_models(self) -> Config:
+        if not self.models:
+            raise ValueError("models: found none, expected at least one")
         seen: set[str] = set()
         for model in self.models:
             for name in model.served_names:

@@ -40,7 +40,9 @@ def test_preempted_chats_and_embeddings_are_unchanged(engine: Server) -> None:
         together = [chat.result() for chat in chats]
         pooled = [vector.result()[0] for vector in vectors]
     assert engine.metric("vllm:num_preemptions_total") > before
-    contents = [[answer["choices"][0]["message"]["content"] for answer in answers] for answers in (alone, together)]
+    contents = [
+        [answer["choices"][0]["message"]["content"] for answer in answers] for answers in (alone, together)
+    ]
     assert contents[0] == contents[1]
     for text, vector in zip(texts, pooled, strict=True):
         assert reference.cosine(vector, reference.embed(text)) > 0.999

@@ -1,4 +1,4 @@
-"""Prompts and texts that the end-to-end tests share; the long ones span several prefill chunks of 128 tokens."""
+"""Prompts and texts that the end-to-end tests share."""
 
 PROMPTS = [
     "What is the capital of France?",

@@ -1,4 +1,4 @@
-"""Real servers for tests: plain vLLM, one Galley worker, or the whole of `galley serve`, each in its own process."""
+"""Real servers for tests, each in its own process: plain vLLM, one worker, or the whole of `galley serve`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+
 from galley_plugins.models import resolve
 from galley_plugins.worker.environment import worker_environment
 
@@ -62,7 +63,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: list[str], environment: dict[str, str], port: int, health: str = "/health") -> Iterator[Server]:
+def running(
+    command: list[str], environment: dict[str, str], port: int, health: str = "/health"
+) -> Iterator[Server]:
     """Start `command`, wait until it is healthy, and end its whole process group afterwards."""
     log = Path(tempfile.mkstemp(prefix="galley-test-", suffix=".log")[1])
     with log.open("wb") as output:
@@ -88,7 +91,9 @@ def _wait_healthy(server: Server, health: str) -> None:
             if server.client.get(health, timeout=5).status_code == 200:
                 return
         time.sleep(0.2)
-    raise AssertionError(f"not healthy: {server.process.args}\n{server.log.read_text(errors='replace')[-4000:]}")
+    raise AssertionError(
+        f"not healthy: {server.process.args}\n{server.log.read_text(errors='replace')[-4000:]}"
+    )
 
 
 def end(process: subprocess.Popen[bytes], seconds: float = 30) -> None:
@@ -127,7 +132,16 @@ def plain_vllm(engine: dict[str, Any]) -> Any:
 def galley_serve(config: Path | None = None, *flags: str, env: dict[str, str] | None = None) -> Any:
     """The gateway with its workers, as a user starts them."""
     port = free_port()
-    command = [sys.executable, "-m", "galley", "serve", *([str(config)] if config else []), "--port", str(port), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "galley",
+        "serve",
+        *([str(config)] if config else []),
+        "--port",
+        str(port),
+        *flags,
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
     return running(command, environment, port, health="/health/ready")
 

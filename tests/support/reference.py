@@ -6,16 +6,18 @@ import functools
 from typing import Any
 
 import torch
-from galley_plugins.models import resolve
 from transformers import AutoModel, AutoTokenizer
 
+from galley_plugins.models import resolve
 from tests.support.engines import MODEL
 
 
 @functools.cache
 def _loaded() -> tuple[Any, Any]:
     folder = resolve(MODEL)
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval()
 
 
 @torch.no_grad()

@@ -51,7 +51,9 @@ class PromptPooler:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._prompts
 
-    def add(self, request_id: str, length: int, *, dimensions: int | None = None, normalize: bool = True) -> None:
+    def add(
+        self, request_id: str, length: int, *, dimensions: int | None = None, normalize: bool = True
+    ) -> None:
         """Register a prompt of `length` tokens; a known id starts over."""
         if length < 1:
             raise ValueError(f"request {request_id}: found a prompt of {length} tokens, expected at least 1")

@@ -41,6 +41,8 @@ class BuiltinModel:
     gguf: str  # file name inside the package
     sha256: str  # of that file
     size: int  # bytes on disk once unpacked, rounded up
+    engine: dict[str, str | bool]  # options of `vllm serve` that suit the model on any device
+    cpu_engine: dict[str, str | bool]  # and on a CPU
 
     @property
     def weights(self) -> str:
@@ -60,6 +62,9 @@ BUILTIN_MODELS = {
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             size=272_000_000,
+            engine={"enable-auto-tool-choice": True, "tool-call-parser": "hermes"},
+            # In bfloat16 this small model's first choices tie, and processors break the tie differently.
+            cpu_engine={"dtype": "float32"},
         ),
     )
 }
@@ -93,6 +98,14 @@ def find(name: str) -> BuiltinModel:
         known = ", ".join(sorted(known.weights for known in BUILTIN_MODELS.values()))
         raise UnknownModelError(f"no built-in model is called {name!r}; known: {known}")
     return model
+
+
+def engine_options(weights: str, device: str) -> dict[str, str | bool]:
+    """Options of `vllm serve` that a built-in model comes with; none for any other model."""
+    if not weights.startswith(PREFIX):
+        return {}
+    model = find(weights)
+    return {**model.engine, **(model.cpu_engine if device == "cpu" else {})}
 
 
 def unpack(model: BuiltinModel, progress: Progress | None = None) -> Path:

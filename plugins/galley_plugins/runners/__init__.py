@@ -1,1 +1,1 @@
-"""Thin adapters that give vLLM's two model runners the same extra abilities; V1 and V2 stand beside each other."""
+"""Thin adapters that give vLLM's two model runners, V1 and V2, the same extra abilities."""

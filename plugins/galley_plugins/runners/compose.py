@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def compose_runner(base: type[Any], options: PluginOptions, *, v2: bool) -> type[Any]:
-    """Subclass `base`, a vLLM model runner of version V1 or V2, with every mixin that `options` switches on."""
+    """Subclass `base`, a vLLM model runner V1 or V2, with every mixin that `options` switches on."""
     vllm_compat.check("runner-v2" if v2 else "runner-v1")
     mixins: list[type[Any]] = []
     if options.embed:

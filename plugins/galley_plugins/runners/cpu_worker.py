@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import vllm.v1.worker.cpu_worker as vllm_cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -13,6 +13,9 @@ from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.report import ReportingWorker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class GalleyCPUWorker(ReportingWorker, CPUWorker):
@@ -27,12 +30,8 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
 
 @contextmanager
 def _runner_class(options: PluginOptions, *, v2: bool) -> Iterator[None]:
-    """`CPUWorker.init_device` builds the runner itself, by a name in its module; stand ours there meanwhile."""
-    owner: Any
-    if v2:
-        import vllm.v1.worker.cpu.model_runner as owner
-    else:
-        owner = vllm_cpu_worker
+    """`CPUWorker.init_device` builds the runner itself, by a name in a module; put ours there."""
+    owner: Any = importlib.import_module("vllm.v1.worker.cpu.model_runner") if v2 else vllm_cpu_worker
     original = owner.CPUModelRunner
     owner.CPUModelRunner = compose_runner(original, options, v2=v2)
     try:

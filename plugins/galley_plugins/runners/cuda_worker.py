@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
@@ -13,14 +14,11 @@ from galley_plugins.runners.report import ReportingWorker
 
 
 class GalleyCUDAWorker(ReportingWorker, Worker):
-    """vLLM's GPU worker around a runner with Galley's mixins, V2 by default, V1 where vLLM falls back to it."""
+    """vLLM's GPU worker around a runner with Galley's mixins: V2, or V1 where vLLM falls back to it."""
 
     def _make_model_runner(self) -> Any:
         vllm_compat.check("worker-cuda")
-        base: type[Any]
-        if self.use_v2_model_runner:
-            from vllm.v1.worker.gpu.model_runner import GPUModelRunner as base
-        else:
-            from vllm.v1.worker.gpu_model_runner import GPUModelRunner as base
+        module = "gpu.model_runner" if self.use_v2_model_runner else "gpu_model_runner"
+        base = importlib.import_module(f"vllm.v1.worker.{module}").GPUModelRunner
         options = PluginOptions.from_vllm_config(self.vllm_config)
         return compose_runner(base, options, v2=self.use_v2_model_runner)(self.vllm_config, self.device)

@@ -18,8 +18,12 @@ def register_prompt(pooler: PromptPooler, request: Any) -> None:
     params = request.pooling_params
     if params is None:
         return
-    length = len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
-    pooler.add(request.req_id, length, dimensions=params.dimensions, normalize=params.use_activation is not False)
+    length = (
+        len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
+    )
+    pooler.add(
+        request.req_id, length, dimensions=params.dimensions, normalize=params.use_activation is not False
+    )
     request.pooling_params = None
     request.sampling_params = SamplingParams(temperature=0.0, max_tokens=1)
 
@@ -32,7 +36,7 @@ def with_vectors(output: Any, vectors: dict[str, torch.Tensor]) -> Any:
     return output
 
 
-class OutputWithVectors(AsyncModelRunnerOutput):  # type: ignore[misc]
+class OutputWithVectors(AsyncModelRunnerOutput):
     """A step's asynchronous output, with the vectors that the step completed."""
 
     def __init__(self, inner: AsyncModelRunnerOutput, vectors: dict[str, torch.Tensor]) -> None:

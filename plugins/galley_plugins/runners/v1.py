@@ -1,7 +1,7 @@
 """Embedding requests on runner V1 (vLLM's CPU runner, and CUDA's former one).
 
-A pooling request runs as a generation of one greedy token whose sample is dropped. Above the runner vLLM treats
-every request by its own kind: the scheduler ends a pooling request as soon as the step's output has its vector.
+A pooling request runs as a generation of one greedy token whose sample is dropped. Above the runner vLLM
+treats every request by its kind: the scheduler ends a pooling request once a step's output has its vector.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class EmbeddingV1:
     """Mixed in before a V1 `GPUModelRunner`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, *args, **kwargs)
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.prompt_pooler = PromptPooler(PluginOptions.from_vllm_config(vllm_config).pooling)
 
     def get_supported_tasks(self) -> tuple[str, ...]:

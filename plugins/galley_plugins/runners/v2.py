@@ -20,7 +20,7 @@ class EmbeddingV2:
     """Mixed in before a V2 `GPUModelRunner`."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, *args, **kwargs)
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.prompt_pooler = PromptPooler(PluginOptions.from_vllm_config(vllm_config).pooling)
         self._step_vectors: dict[str, torch.Tensor] | None = None
 
@@ -50,10 +50,12 @@ class EmbeddingV2:
             self._step_vectors = self._pool_rows(rows, hidden_states, input_batch)
         return sampler_output, num_sampled, num_rejected
 
-    def _pool_rows(self, rows: list[int], hidden_states: torch.Tensor, input_batch: Any) -> dict[str, torch.Tensor]:
+    def _pool_rows(
+        self, rows: list[int], hidden_states: torch.Tensor, input_batch: Any
+    ) -> dict[str, torch.Tensor]:
         """Vectors of the prompts that this step completes, on their way to the host.
 
-        The copies are queued on the main stream before vLLM's output copies, whose event the output waits for.
+        Their copies are queued on the main stream before vLLM's own, whose event the output waits for.
         """
         starts = input_batch.query_start_loc_np  # [requests + 1]
         vectors: dict[str, torch.Tensor] = {}

@@ -1,10 +1,11 @@
-"""Prepare a worker, then become vLLM's server: same process, new program, so that preloaded libraries count."""
+"""Prepare a worker, then become vLLM's server: same process, new program, libraries preloaded."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from galley_plugins import progress
 from galley_plugins.models import ModelError, resolve
@@ -17,8 +18,8 @@ from galley_plugins.worker.spec import parse
 PARENT_VARIABLE = "GALLEY_PARENT_PID"
 
 
-def main() -> int:
-    """Exit status 2 when the request cannot be served here; otherwise this process turns into the server."""
+def main() -> NoReturn:
+    """Exit with status 2 when the request cannot be served here; otherwise turn into the server."""
     spec = parse()
     parent = os.environ.get(PARENT_VARIABLE)
     if parent:
@@ -29,7 +30,7 @@ def main() -> int:
     except (DeviceError, ModelError) as error:
         progress.report("failed", reason=str(error))
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        sys.exit(2)
     progress.report("starting engine", device=device)
     arguments = server_arguments(spec, model, device)
     program = [sys.executable, "-m", "galley_plugins.worker.serve", *arguments]
@@ -50,4 +51,4 @@ class _UnpackingReport:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

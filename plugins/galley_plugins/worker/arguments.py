@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from galley_plugins.models import engine_options
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 GiB = 1024**3
 
-# On a CPU one step is not faster per token when it is longer, but everyone waits for it: running chats for their
-# next token, an aborted request for its end. This keeps a step of a small model near 100 ms.
+# On a CPU a longer step is not faster per token, but everyone waits for its end: running chats for their next
+# token, an aborted request to be gone. This keeps a step of a small model near 100 ms.
 PREFILL_TOKENS_PER_CORE = 64
 
 
@@ -32,6 +34,7 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         "additional-config": spec.plugin_options.to_additional_config(),
         **_task_options(spec),
         **(_cpu_options(spec) if device == "cpu" else {}),
+        **engine_options(spec.weights, device),
     }
     passed = dict(spec.engine)
     if "embed" in spec.tasks:
@@ -76,7 +79,10 @@ def _render(options: dict[str, Any]) -> list[str]:
         elif isinstance(value, dict):
             arguments += [f"--{name}", json.dumps(value)]
         elif isinstance(value, list | tuple):
-            arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
+            arguments += [
+                f"--{name}",
+                *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value),
+            ]
         else:
             arguments += [f"--{name}", str(value)]
     return arguments

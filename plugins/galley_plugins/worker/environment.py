@@ -18,7 +18,7 @@ KEEP_ALIVE_SECONDS = 120  # longer than the gateway keeps an idle connection, so
 
 
 def worker_environment(device: Device, current: Mapping[str, str]) -> dict[str, str]:
-    """The whole environment for the server; what the user set stays, except that Galley's plugins are added."""
+    """The whole environment of the server; what the user set stays, and Galley's plugins are added."""
     environment = dict(current)
     named = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
     environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*PLUGINS, *named]))
@@ -56,7 +56,9 @@ def preloaded_libraries() -> list[Path]:
 
 
 def _system_library(name: str) -> Path | None:
-    loader = next((path for path in ("/sbin/ldconfig", "/usr/sbin/ldconfig") if os.access(path, os.X_OK)), None)
+    loader = next(
+        (path for path in ("/sbin/ldconfig", "/usr/sbin/ldconfig") if os.access(path, os.X_OK)), None
+    )
     if loader is None:
         return None
     listing = subprocess.run([loader, "-p"], capture_output=True, text=True, check=False, timeout=10).stdout

@@ -45,21 +45,27 @@ class WorkerSpec:
 
 
 def parse(arguments: list[str] | None = None) -> WorkerSpec:
-    """Read a command line; a wrong one ends the process with a message and exit status 2, as argparse does."""
+    """Read a command line; a wrong one ends the process with exit status 2, as argparse does."""
     parser = argparse.ArgumentParser(
         prog="python -m galley_plugins.worker",
-        description="Start one vLLM server with Galley's plugins. `galley serve` and `galley worker` call this.",
+        description="Start one vLLM server with Galley's plugins, as `galley serve` and `galley worker` do.",
     )
     parser.add_argument("--weights", required=True, help="builtin:NAME, a local path or a hub id")
-    parser.add_argument("--name", action="append", required=True, dest="names", help="served name; repeatable")
+    parser.add_argument(
+        "--name", action="append", required=True, dest="names", help="served name; repeatable"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated: generate, embed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--pooling", choices=("mean", "last"), default="mean")
-    parser.add_argument("--no-normalize", action="store_false", dest="normalize", help="vectors keep their length")
+    parser.add_argument(
+        "--no-normalize", action="store_false", dest="normalize", help="vectors keep their length"
+    )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile")
-    parser.add_argument("--engine", type=json.loads, default={}, help="options of `vllm serve`, as a JSON object")
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, help="options of `vllm serve`, as a JSON object"
+    )
     values = vars(parser.parse_args(arguments))
     tasks = frozenset(values.pop("tasks").split(","))
     if not tasks or not tasks <= set(TASKS):

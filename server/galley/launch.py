@@ -1,0 +1,46 @@
+"""The command line and environment that start one worker; all the gateway knows of what a worker is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from galley.config import ModelConfig
+
+STATUS_VARIABLE = "GALLEY_STATUS_FILE"
+PARENT_VARIABLE = "GALLEY_PARENT_PID"
+
+
+def worker_command(model: ModelConfig, host: str, port: int) -> list[str]:
+    """Arguments that run a worker of `model`; the program is this interpreter."""
+    command = [sys.executable, "-m", "galley_plugins.worker", "--weights", model.weights]
+    for name in model.served_names:
+        command += ["--name", name]
+    command += ["--host", host, "--port", str(port)]
+    command += ["--tasks", ",".join(sorted(model.tasks)), "--device", model.device]
+    command += ["--compile", model.compile, "--pooling", model.embedding.pooling]
+    if not model.embedding.normalize:
+        command.append("--no-normalize")
+    if model.engine:
+        command += ["--engine", json.dumps(model.engine)]
+    return command
+
+
+def worker_environment(model: ModelConfig, status_file: Path | None = None) -> dict[str, str]:
+    """Environment of a worker: this process's own, without its settings, with the model's `env`.
+
+    With a status file the worker is supervised: it reports its stages there and ends with this process.
+    """
+    kept = ("GALLEY_CACHE_DIR", "GALLEY_DATA")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("GALLEY_") or name in kept
+    }
+    if status_file is not None:
+        environment[STATUS_VARIABLE] = str(status_file)
+        environment[PARENT_VARIABLE] = str(os.getpid())
+    return {**environment, **model.env}
