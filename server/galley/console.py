@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 _HIDDEN_STAGES = {"plugins loaded"}
 
 
+@dataclass
+class _Progress:
+    stage: str
+    percent: int | None = None
+    since: float = field(default_factory=time.monotonic)
+
+
 class StartupView:
     """Follows every worker until all are ready; a moving picture on a terminal, plain lines elsewhere."""
 
@@ -30,22 +38,21 @@ class StartupView:
         self._console = console
         self._config = config
         self._pool = pool
-        self._stages: dict[str, str] = {}
-        self._since: dict[str, float] = {}
+        self._progress: dict[str, _Progress] = {}
         self._live: Live | None = None
+        self._spinner = Spinner("dots")
 
     def on_stage(self, worker: Worker, stage: Stage) -> None:
         if stage.name in _HIDDEN_STAGES:
             return
         percent = stage.detail.get("percent")
-        shown = f"{stage.name} {percent} %" if percent is not None else stage.name
-        if self._stages.get(worker.id, "").split(" %")[0].rstrip("0123456789") != shown.split(" %")[0].rstrip(
-            "0123456789"
-        ):
-            self._since[worker.id] = time.monotonic()
-            if self._live is None:
-                self._console.print(f"{worker.id}: {stage.name}", highlight=False)
-        self._stages[worker.id] = shown
+        known = self._progress.get(worker.id)
+        if known is not None and known.stage == stage.name:
+            known.percent = percent
+            return
+        self._progress[worker.id] = _Progress(stage.name, percent)
+        if self._live is None:
+            self._console.print(f"{worker.id}: {stage.name}", highlight=False)
 
     async def follow(self, base_url: str) -> None:
         """Show progress until every model has a ready worker, then say how to use the server."""
@@ -67,12 +74,13 @@ class StartupView:
     def _picture(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))
         for worker in self._pool.workers:
-            ready = worker.state is State.READY
-            since = self._since.get(worker.id)
-            seconds = f"{time.monotonic() - since:.0f} s" if since and not ready else ""
-            stage = "ready" if ready else self._stages.get(worker.id, "starting")
-            mark: RenderableType = Text("✓", style="green") if ready else Spinner("dots")
-            table.add_row(mark, worker.id, stage, Text(seconds, style="dim"))
+            if worker.state is State.READY:
+                table.add_row(Text("✓", style="green"), worker.id, "ready")
+                continue
+            progress = self._progress.get(worker.id) or _Progress("starting")
+            percent = "" if progress.percent is None else f"{progress.percent} %"
+            seconds = f"{time.monotonic() - progress.since:.0f} s"
+            table.add_row(self._spinner, worker.id, progress.stage, percent, Text(seconds, style="dim"))
         return table
 
     def _welcome(self, base_url: str, seconds: float) -> Text:

@@ -43,8 +43,10 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
 
 
 def _task_options(spec: WorkerSpec) -> dict[str, Any]:
+    # A tool call that was asked for has arguments that fit the tool's schema, whether or not it says "strict".
+    generate = {"tool-strict-level": "parameter"} if "generate" in spec.tasks else {}
     if "embed" not in spec.tasks:
-        return {}
+        return generate
     if not spec.both_tasks:
         # An engine for embeddings alone is vLLM's own pooling runner, which means and normalises by itself.
         pooler = {"task": "embed", "seq_pooling_type": spec.pooling.upper(), "use_activation": spec.normalize}
@@ -52,6 +54,7 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
     # Always LAST here: MEAN would turn chunked prefill and prefix caching off for the whole engine.
     pooler = {"task": "embed", "seq_pooling_type": "LAST", "use_activation": spec.normalize}
     return {
+        **generate,
         "runner": "generate",
         "pooler-config": pooler,
         "scheduler-cls": "galley_plugins.scheduling.make_scheduler",
