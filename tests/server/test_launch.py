@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from galley.config import ModelConfig
+from galley.launch import worker_command, worker_environment
+
+
+def test_the_command_names_everything_the_model_is_configured_with():
+    model = ModelConfig(
+        name="m",
+        aliases=("a", "b"),
+        weights="/models/m",
+        tasks=frozenset({"embed"}),
+        device="cpu",
+        compile="off",
+        embedding={"pooling": "last", "normalize": False},
+        engine={"max_model_len": 2048, "--dtype": "float32"},
+    )
+    command = worker_command(model, "127.0.0.1", 4321)
+    assert command[:3] == [sys.executable, "-m", "galley_plugins.worker"]
+    pairs = list(zip(command[3:], command[4:], strict=False))
+    assert [value for flag, value in pairs if flag == "--name"] == ["m", "a", "b"]
+    for flag, value in {
+        "--weights": "/models/m",
+        "--host": "127.0.0.1",
+        "--port": "4321",
+        "--tasks": "embed",
+        "--device": "cpu",
+        "--compile": "off",
+        "--pooling": "last",
+    }.items():
+        assert (flag, value) in pairs
+    assert "--no-normalize" in command
+    assert json.loads(command[command.index("--engine") + 1]) == {"max-model-len": 2048, "dtype": "float32"}
+
+
+def test_the_worker_package_reads_the_command_as_it_was_meant():
+    from galley_plugins.worker.spec import parse
+
+    model = ModelConfig(name="m", engine={"max-model-len": 64}, embedding={"pooling": "last"})
+    spec = parse(worker_command(model, "127.0.0.1", 1)[3:])
+    assert spec.names == ("m",)
+    assert spec.tasks == {"generate", "embed"}
+    assert spec.pooling == "last"
+    assert spec.normalize
+    assert spec.engine == {"max-model-len": 64}
+
+
+def test_a_worker_inherits_the_environment_but_not_the_gateways_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("GALLEY_GATEWAY__PORT", "1")
+    monkeypatch.setenv("GALLEY_CACHE_DIR", "/cache")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = ModelConfig(name="m", env={"OMP_NUM_THREADS": "2"})
+    environment = worker_environment(model, tmp_path / "status")
+    assert "GALLEY_GATEWAY__PORT" not in environment
+    assert environment["GALLEY_CACHE_DIR"] == "/cache"
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert environment["GALLEY_STATUS_FILE"] == str(tmp_path / "status")
+    assert environment["GALLEY_PARENT_PID"] == str(os.getpid())
+    alone = worker_environment(model)
+    assert "GALLEY_PARENT_PID" not in alone
+    assert "GALLEY_STATUS_FILE" not in alone
