@@ -25,6 +25,17 @@ stamp="$venv/.galley-$kind"
 state=$(cat requirements.lock pyproject.toml install.sh <(echo "$device $PWD") | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then exit 0; fi
 
+if [ "$kind" != gateway ] && [ "$device" = cpu ] && ! /sbin/ldconfig -p | grep -q 'libnuma\.so\.1'; then
+    # vLLM's CPU kernels are linked to it; no Python package carries it.
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "Installing libnuma1"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libnuma1 >/dev/null
+    else
+        echo "vLLM on a CPU needs libnuma; on Debian and Ubuntu: sudo apt-get install libnuma1" >&2
+        exit 1
+    fi
+fi
+
 python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then
     echo "found $("$python" --version), expected Python 3.11 or 3.12 (set PYTHON to its path)" >&2

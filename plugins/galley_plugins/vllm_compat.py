@@ -25,6 +25,7 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "hidden states and batch together",
         ),
         ("vllm.v1.worker.gpu_model_runner", "ExecuteModelState.hidden_states", "rows to pool"),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_supported_tasks", "embed is added"),
     ),
     "runner-v2": (
         (
@@ -34,6 +35,8 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", "hidden states and batch together"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", "the step's output"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.finish_requests", "forgets their prompts"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_supported_tasks", "embed is added"),
     ),
     "worker-cpu": (
         ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),

@@ -109,8 +109,14 @@ class Supervisor:
             started_once = started_once or bool(run.ready_at)
             if run.ready_at and time.monotonic() - run.ready_at > STEADY_SECONDS:
                 wait = self._settings.backoff_seconds
+            tail = None if run.ready_at else "\n".join(["", *run.last_log_lines()])
             log.warning(
-                "worker ended", worker=worker.id, reason=reason, restart_in=wait, log=str(run.log_file)
+                "worker ended",
+                worker=worker.id,
+                reason=reason,
+                restart_in=wait,
+                log=str(run.log_file),
+                tail=tail,
             )
             await asyncio.sleep(wait)
             wait = min(2 * wait, self._settings.backoff_max_seconds)

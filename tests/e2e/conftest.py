@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.engines import Server, galley_serve
+from loadtest.servers import Server, galley_serve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

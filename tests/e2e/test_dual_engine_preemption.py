@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.texts import long_text
-from tests.support import reference
-from tests.support.engines import FLOAT32, Server, galley_worker
+from loadtest import reference
+from loadtest.servers import FLOAT32, Server, galley_worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

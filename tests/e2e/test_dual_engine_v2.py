@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
-from tests.support import reference
-from tests.support.engines import FLOAT32, Server, galley_worker, plain_vllm
+from loadtest import reference
+from loadtest.servers import FLOAT32, Server, galley_worker, plain_vllm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,12 +11,12 @@ import openai
 import pytest
 
 from tests.e2e.texts import SHORT_TEXTS
-from tests.support import reference
+from loadtest import reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.support.engines import Server
+    from loadtest.servers import Server
 
 pytestmark = pytest.mark.engine
 

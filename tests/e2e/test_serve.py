@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.texts import long_text
 
 if TYPE_CHECKING:
-    from tests.support.engines import Server
+    from loadtest.servers import Server
 
 pytestmark = pytest.mark.engine
 

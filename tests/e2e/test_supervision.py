@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from tests.support.engines import Server, galley_serve, processes_of
+from loadtest.servers import Server, galley_serve, processes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

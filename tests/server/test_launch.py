@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ def test_the_command_names_everything_the_model_is_configured_with():
     )
     command = worker_command(model, "127.0.0.1", 4321)
     assert command[:3] == [sys.executable, "-m", "galley_plugins.worker"]
-    pairs = list(zip(command[3:], command[4:], strict=False))
+    pairs = list(itertools.pairwise(command[3:]))
     assert [value for flag, value in pairs if flag == "--name"] == ["m", "a", "b"]
     for flag, value in {
         "--weights": "/models/m",

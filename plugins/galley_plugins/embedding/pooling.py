@@ -86,7 +86,7 @@ class PromptPooler:
         if prompt.total is not None:
             vector = prompt.total / prompt.length
         else:
-            vector = hidden_states[prompt.length - 1 - start].float()
+            vector = hidden_states[prompt.length - 1 - start].to(torch.float32, copy=True)
         return _finish(vector, prompt)
 
     def _accumulate(self, request_id: str, prompt: _Prompt, hidden_states: torch.Tensor, start: int) -> None:

@@ -12,7 +12,7 @@ from galley_plugins.models import ModelError, resolve
 from galley_plugins.processes import die_with
 from galley_plugins.worker.arguments import server_arguments
 from galley_plugins.worker.device import DeviceError, probe, select
-from galley_plugins.worker.environment import worker_environment
+from galley_plugins.worker.environment import NoCompilerError, worker_environment
 from galley_plugins.worker.spec import parse
 
 PARENT_VARIABLE = "GALLEY_PARENT_PID"
@@ -26,15 +26,16 @@ def main() -> NoReturn:
         die_with(int(parent), signal.SIGTERM)
     try:
         device = select(spec.device, probe())
+        environment = worker_environment(device, os.environ, compiled=spec.compiled)
         model = resolve(spec.weights, progress=_UnpackingReport())
-    except (DeviceError, ModelError) as error:
+    except (DeviceError, NoCompilerError, ModelError) as error:
         progress.report("failed", reason=str(error))
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     progress.report("starting engine", device=device)
     arguments = server_arguments(spec, model, device)
     program = [sys.executable, "-m", "galley_plugins.worker.serve", *arguments]
-    os.execve(sys.executable, program, worker_environment(device, os.environ))  # noqa: S606
+    os.execve(sys.executable, program, environment)  # noqa: S606
 
 
 class _UnpackingReport:

@@ -22,6 +22,17 @@ GiB = 1024**3
 # token, an aborted request to be gone. This keeps a step of a small model near 100 ms.
 PREFILL_TOKENS_PER_CORE = 64
 
+# Where vLLM's parser differs from its habit of `--no-NAME` for false and `--NAME a b` for a list.
+SWITCHES = {
+    "aggregate-engine-logging",
+    "data-parallel-multi-port-external-lb",
+    "disable-log-stats",
+    "grpc",
+    "headless",
+}
+JSON_LISTS = {"allowed-headers", "allowed-methods", "allowed-origins", "custom-histogram-buckets"}
+REPEATED = {"middleware"}
+
 
 def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> list[str]:
     """Arguments of `vllm serve`, without the program's name and the word `serve`."""
@@ -32,18 +43,19 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         "worker-cls": f"galley_plugins.runners.{device}_worker.Galley{device.upper()}Worker",
         "disable-uvicorn-access-log": True,
         "additional-config": spec.plugin_options.to_additional_config(),
+        "enforce-eager": spec.compile == "off" or (spec.compile == "auto" and device == "cpu"),
         **_task_options(spec),
-        **(_cpu_options(spec) if device == "cpu" else {}),
+        **(_cpu_options() if device == "cpu" else {}),
         **engine_options(spec.weights, device),
     }
     passed = dict(spec.engine)
     if "embed" in spec.tasks:
-        options["hf-overrides"] = {"is_matryoshka": True, **passed.pop("hf-overrides", {})}
+        options["hf-overrides"] = {"is_matryoshka": True, **(passed.pop("hf-overrides", None) or {})}
     return ["--model", str(model), *_render({**options, **passed})]
 
 
 def _task_options(spec: WorkerSpec) -> dict[str, Any]:
-    # A tool call that was asked for has arguments that fit the tool's schema, whether or not it says "strict".
+    # The arguments of a tool call that was asked for fit the tool's schema, "strict" or not.
     generate = {"tool-strict-level": "parameter"} if "generate" in spec.tasks else {}
     if "embed" not in spec.tasks:
         return generate
@@ -61,11 +73,10 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
     }
 
 
-def _cpu_options(spec: WorkerSpec) -> dict[str, Any]:
+def _cpu_options() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     prefill = min(max(cores * PREFILL_TOKENS_PER_CORE, 128), 2048)
     return {
-        "enforce-eager": spec.compile != "on",
         "kv-cache-memory-bytes": min(2 * GiB, psutil.virtual_memory().available // 4),
         "max-num-batched-tokens": prefill,
         "max-num-seqs": min(prefill, 64),
@@ -75,17 +86,21 @@ def _cpu_options(spec: WorkerSpec) -> dict[str, Any]:
 def _render(options: dict[str, Any]) -> list[str]:
     arguments: list[str] = []
     for name, value in options.items():
-        if value is None:
+        flag = f"--{name}"
+        if value is None or (value is False and name in SWITCHES):
             continue
         if isinstance(value, bool):
-            arguments.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, dict):
-            arguments += [f"--{name}", json.dumps(value)]
-        elif isinstance(value, list | tuple):
+            arguments.append(flag if value else f"--no-{name}")
+        elif isinstance(value, list | tuple) and name in REPEATED:
+            for item in value:
+                arguments += [flag, str(item)]
+        elif isinstance(value, list | tuple) and name not in JSON_LISTS:
             arguments += [
-                f"--{name}",
+                flag,
                 *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value),
             ]
+        elif isinstance(value, dict | list | tuple):
+            arguments += [flag, json.dumps(value)]
         else:
-            arguments += [f"--{name}", str(value)]
+            arguments += [flag, str(value)]
     return arguments

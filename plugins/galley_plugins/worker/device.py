@@ -48,10 +48,11 @@ def select(requested: Literal["auto", "cpu", "cuda"], machine: Machine) -> Devic
         return machine.build
     if requested != machine.build:
         raise DeviceError(
-            f"device {requested} was asked for, but the installed vLLM is built for {machine.build}"
+            f"device {requested} needs a vLLM that is built for {requested}, "
+            f"but the installed one is built for {machine.build}"
         )
     if requested == "cuda" and not machine.gpu:
-        raise DeviceError("device cuda was asked for, but no GPU is visible to this process")
+        raise DeviceError("device cuda needs an NVIDIA GPU, but no GPU is visible to this process")
     return requested
 
 

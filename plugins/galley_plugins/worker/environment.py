@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,21 @@ PLUGINS = ("galley", "galley_status")
 KEEP_ALIVE_SECONDS = 120  # longer than the gateway keeps an idle connection, so that it never races a close
 
 
-def worker_environment(device: Device, current: Mapping[str, str]) -> dict[str, str]:
-    """The whole environment of the server; what the user set stays, and Galley's plugins are added."""
+class NoCompilerError(RuntimeError):
+    """torch.compile was asked for on a machine that has no C++ compiler."""
+
+
+def worker_environment(
+    device: Device, current: Mapping[str, str], *, compiled: bool = False
+) -> dict[str, str]:
+    """The whole environment of the server; what the user set stays, and Galley's plugins are added.
+
+    Args:
+        compiled: the model runs through torch.compile.
+
+    Raises:
+        NoCompilerError: `compiled` on a CPU without a C++ compiler.
+    """
     environment = dict(current)
     named = [name for name in environment.get("VLLM_PLUGINS", "").split(",") if name]
     environment["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*PLUGINS, *named]))
@@ -31,12 +45,18 @@ def worker_environment(device: Device, current: Mapping[str, str]) -> dict[str, 
     if device == "cpu":
         # vLLM keeps one core back per worker by default; on small machines that halves the speed.
         defaults["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+        if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise NoCompilerError("torch.compile needs a C++ compiler on a CPU: install g++, or leave it off")
+        if not compiled:
+            # vLLM's sampler compiles two small functions when a request first needs them, and everyone waits.
+            defaults["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in defaults.items():
         environment.setdefault(name, value)
     if device == "cpu":
         preload = [path for path in environment.get("LD_PRELOAD", "").split(":") if path]
         for library in preloaded_libraries():
-            if not any(library.name.split(".")[0] in path for path in preload):
+            family = library.name.split(".")[0].removesuffix("_minimal")
+            if not any(family in path for path in preload):
                 preload.append(str(library))
         if preload:
             environment["LD_PRELOAD"] = ":".join(preload)

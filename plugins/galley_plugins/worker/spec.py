@@ -40,6 +40,11 @@ class WorkerSpec:
         return self.tasks == frozenset(TASKS)
 
     @property
+    def compiled(self) -> bool:
+        """torch.compile runs the model on a CPU; on CUDA that is vLLM's own choice."""
+        return not self.engine.get("enforce-eager", self.compile != "on")
+
+    @property
     def plugin_options(self) -> PluginOptions:
         return PluginOptions(embed=self.both_tasks, pooling=self.pooling)
 

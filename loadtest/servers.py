@@ -1,4 +1,4 @@
-"""Real servers for tests, each in its own process: plain vLLM, one worker, or the whole of `galley serve`."""
+"""Real servers for benchmarks and end-to-end tests: plain vLLM, one worker, or all of Galley."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def running(
     command: list[str], environment: dict[str, str], port: int, health: str = "/health"
 ) -> Iterator[Server]:
     """Start `command`, wait until it is healthy, and end its whole process group afterwards."""
-    log = Path(tempfile.mkstemp(prefix="galley-test-", suffix=".log")[1])
+    log = Path(tempfile.mkstemp(prefix="galley-run-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -111,7 +111,7 @@ def galley_worker(engine: dict[str, Any], *flags: str, env: dict[str, str] | Non
     import json
 
     port = free_port()
-    status = Path(tempfile.mkstemp(prefix="galley-test-", suffix=".status")[1])
+    status = Path(tempfile.mkstemp(prefix="galley-run-", suffix=".status")[1])
     command = [sys.executable, "-m", "galley_plugins.worker", "--weights", MODEL, "--name", NAME]
     command += ["--port", str(port), "--engine", json.dumps(engine), *flags]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GALLEY_STATUS_FILE": str(status), **(env or {})}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from galley_plugins.models import resolve
-from tests.support.engines import MODEL
+from loadtest.servers import MODEL
 
 
 @functools.cache
