@@ -5,7 +5,7 @@
 
 FROM python:3.11-slim-bookworm AS builder
 WORKDIR /src
-COPY README.md pyproject.toml requirements.lock ./
+COPY LICENSE README.md pyproject.toml requirements.lock ./
 COPY kernels kernels
 COPY plugins plugins
 COPY server server

@@ -5,7 +5,7 @@
 
 FROM vllm/vllm-openai:v0.32.0
 WORKDIR /src
-COPY README.md pyproject.toml requirements.lock ./
+COPY LICENSE README.md pyproject.toml requirements.lock ./
 COPY kernels kernels
 COPY plugins plugins
 COPY server server

@@ -8,7 +8,7 @@
 
 FROM python:3.11-slim-bookworm AS builder
 WORKDIR /src
-COPY README.md install.sh pyproject.toml requirements.lock ./
+COPY LICENSE README.md install.sh pyproject.toml requirements.lock ./
 COPY kernels kernels
 COPY plugins plugins
 COPY server server
@@ -19,8 +19,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/galley/bin/pip install --no-deps --no-build-isolation --force-reinstall .
 
 FROM python:3.11-slim-bookworm
-# g++: torch.compile writes C++ and compiles it when a request first needs it. vLLM has such functions in eager mode
-# too: without a compiler, the first request for logprobs ends the engine.
+# g++: torch.compile writes C++ and compiles it while the worker runs; only `compile: on` asks for it.
 # libnuma1: vLLM's CPU kernels are linked to it.
 # libtcmalloc-minimal4: the worker preloads this allocator, which many small tensors gain from.
 # hadolint ignore=DL3008

@@ -182,11 +182,11 @@ def cancellations(report: Report, server: Server, quick: bool) -> dict[str, Any]
         "unary": lambda turn: cancelling.leave(CHAT, endless, first_byte=False),
         "prefill": lambda turn: cancelling.leave(
             CHAT,
-            {**endless, "stream": True, "messages": [{"role": "user", "content": text(1500, seed=turn)}]},
+            {**endless, "stream": True, "messages": [{"role": "user", "content": text(600, seed=turn)}]},
             first_byte=False,
         ),
         "embedding": lambda turn: cancelling.leave(
-            "/v1/embeddings", {"model": NAME, "input": text(1500, seed=7 * turn)}, first_byte=False
+            "/v1/embeddings", {"model": NAME, "input": text(600, seed=7 * turn)}, first_byte=False
         ),
     }
     times: dict[str, list[float]] = {kind: [] for kind in kinds}

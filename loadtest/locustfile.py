@@ -187,9 +187,10 @@ class EmbeddingsUser(GalleyUser):
 
     def check(self, data: list[dict[str, Any]], count: int) -> None:
         """Raises Failure unless there is one vector for each text, in order and all of one length."""
-        indices = [item["index"] for item in data]
-        if indices != list(range(count)):
-            raise Failure(f"found vectors {indices}, expected 0 to {count - 1}")
+        if len(data) != count:
+            raise Failure(f"found {len(data)} vectors, expected {count}")
+        if [item["index"] for item in data] != list(range(count)):
+            raise Failure("the vectors are not in the order of the texts")
         expected = self.options.dimensions or EmbeddingsUser.dimensions or len(data[0]["embedding"])
         EmbeddingsUser.dimensions = expected
         for item in data:

@@ -202,7 +202,7 @@ class Config(BaseSettings):
 
 
 # Variables read outside the configuration; any other unknown GALLEY_* name is a spelling mistake.
-_OTHER_VARIABLES = {"GALLEY_CACHE_DIR", "GALLEY_DATA", "GALLEY_STATUS_FILE"}
+_OTHER_VARIABLES = {"GALLEY_CACHE_DIR", "GALLEY_DEVICE", "GALLEY_DATA", "GALLEY_STATUS_FILE"}
 
 
 def load(path: Path | None = None, flags: dict[str, Any] | None = None) -> Config:

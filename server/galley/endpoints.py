@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import orjson
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from galley.engine_metrics import merged_metrics, scrape
+from galley.engine_metrics import merged_metrics, scrape, scraper
 from galley.errors import RETRY_AFTER_SECONDS, ErrorKind, GatewayError
 from galley.workers import State
 
@@ -84,7 +83,7 @@ def create_endpoints(status: Status, metrics: Metrics) -> FastAPI:
         if worker is None:
             known = ", ".join(worker.id for worker in pool.workers)
             raise GatewayError(ErrorKind.WORKER_NOT_FOUND, worker=repr(worker_id), available=known)
-        async with httpx.AsyncClient() as client:
+        async with scraper() as client:
             text = await scrape(client, worker.url)
         if text is None:
             raise GatewayError(ErrorKind.WORKER_UNREACHABLE, worker=worker_id)

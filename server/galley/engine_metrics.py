@@ -5,6 +5,7 @@ sample.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import httpx
 from galley.metrics import WORKER_SCRAPE_UP
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterable, Sequence
 
 SCRAPE_SECONDS = 5.0  # half of Prometheus's default limit on the whole scrape
@@ -30,12 +32,22 @@ class Family:
     samples: list[str] = field(default_factory=list)
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return httpx.create_ssl_context()
+
+
+def scraper() -> httpx.AsyncClient:
+    """A client for scrapes; what is slow to make, the list of trusted certificates, is made once."""
+    return httpx.AsyncClient(verify=_tls(), timeout=SCRAPE_SECONDS)
+
+
 async def scrape(client: httpx.AsyncClient, url: str | None) -> str | None:
     """A worker's metrics as text; None if it gives none."""
     if url is None:
         return None
     try:
-        answer = await client.get(f"{url}/metrics", timeout=SCRAPE_SECONDS)
+        answer = await client.get(f"{url}/metrics")
     except httpx.HTTPError:
         return None
     return answer.text if answer.status_code == 200 else None
@@ -45,7 +57,7 @@ async def merged_metrics(workers: Sequence[tuple[str, str | None]]) -> str:
     """Scrape all workers, given as (id, URL), at once; those that do not answer are left out and reported
     as down.
     """
-    async with httpx.AsyncClient() as client:
+    async with scraper() as client:
         texts = await asyncio.gather(*(scrape(client, url) for _, url in workers))
     found = [(worker, text) for (worker, _), text in zip(workers, texts, strict=True)]
     return merge((worker, text) for worker, text in found if text is not None) + _scrape_up(found)

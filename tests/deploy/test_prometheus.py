@@ -21,14 +21,14 @@ from galley.engine_metrics import SCRAPE_SECONDS, merged_metrics
 from galley.errors import Outcome
 from galley.metrics import Metrics
 from galley.workers import WorkerPool
-from tests.deploy.mock_stack import MODEL, WORKER, mock_stack
 from loadtest.servers import free_port, running
+from tests.support.mock_stack import MODEL, WORKER, mock_stack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.deploy.mock_stack import MockStack
     from loadtest.servers import Server
+    from tests.support.mock_stack import MockStack
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "prometheus"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.texts import long_text
 from loadtest import reference
 from loadtest.servers import FLOAT32, Server, galley_worker
+from tests.e2e.texts import long_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 from loadtest import reference
 from loadtest.servers import FLOAT32, Server, galley_worker, plain_vllm
+from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

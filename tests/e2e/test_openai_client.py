@@ -10,8 +10,8 @@ import jsonschema
 import openai
 import pytest
 
-from tests.e2e.texts import SHORT_TEXTS
 from loadtest import reference
+from tests.e2e.texts import SHORT_TEXTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,9 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from galley_plugins.models import engine_options
+from galley_plugins.worker.memory import available_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +19,7 @@ GiB = 1024**3
 
 # On a CPU a longer step is not faster per token, but everyone waits for its end: running chats for their next
 # token, an aborted request to be gone. This keeps a step of a small model near 100 ms.
-PREFILL_TOKENS_PER_CORE = 64
+PREFILL_TOKENS_PER_CORE = 32
 
 # Where vLLM's parser differs from its habit of `--no-NAME` for false and `--NAME a b` for a list.
 SWITCHES = {
@@ -75,11 +74,11 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
 
 def _cpu_options() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    prefill = min(max(cores * PREFILL_TOKENS_PER_CORE, 128), 2048)
+    prefill = min(max(cores * PREFILL_TOKENS_PER_CORE, 64), 2048)
     return {
-        "kv-cache-memory-bytes": min(2 * GiB, psutil.virtual_memory().available // 4),
+        "kv-cache-memory-bytes": min(2 * GiB, available_bytes() // 4),
         "max-num-batched-tokens": prefill,
-        "max-num-seqs": min(prefill, 64),
+        "max-num-seqs": min(prefill // 2, 256),  # running chats never take the whole step
     }
 
 

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from galley_plugins.embedding.pooling import PromptPooler
+
+HIDDEN = 8
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> torch.Tensor:
+    """[tokens, hidden] hidden states of one prompt, float32 or bf16."""
+    length = draw(st.integers(1, 64))
+    seed = draw(st.integers(0, 2**32 - 1))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    scale = draw(st.sampled_from([0.01, 1.0, 4.0]))
+    rows = np.random.default_rng(seed).normal(scale=scale, size=(length, HIDDEN))
+    return torch.tensor(rows, dtype=torch.float32).to(dtype)
+
+
+@st.composite
+def splits(draw: st.DrawFn, length: int) -> list[tuple[int, int]]:
+    """Consecutive [start, end) chunks of a prompt."""
+    inner = draw(st.sets(st.integers(1, length - 1))) if length > 1 else set()
+    return list(pairwise([0, *sorted(inner), length]))
+
+
+def mean_of(rows: torch.Tensor, dimensions: int | None = None, *, normalize: bool = True) -> np.ndarray:
+    """The vector of one pass in float64, by numpy."""
+    vector = rows.double().numpy().mean(axis=0)[:dimensions]
+    return vector / np.linalg.norm(vector) if normalize else vector
+
+
+def feed(pooler: PromptPooler, name: str, rows: torch.Tensor, chunks: list[tuple[int, int]]) -> torch.Tensor:
+    """Pool a prompt chunk by chunk; only the last chunk may bring the vector."""
+    *earlier, (start, end) = chunks
+    for begin, stop in earlier:
+        assert pooler.pool(name, rows[begin:stop], begin) is None
+    vector = pooler.pool(name, rows[start:end], start)
+    assert vector is not None
+    assert vector.dtype == torch.float32
+    return vector
+
+
+@unhurried
+@given(data=st.data(), rows=prompts(), normalize=st.booleans(), dimensions=st.none() | st.integers(1, HIDDEN))
+def test_any_split_into_chunks_gives_the_mean_of_one_pass(
+    data: st.DataObject, rows: torch.Tensor, normalize: bool, dimensions: int | None
+) -> None:
+    pooler = PromptPooler("mean")
+    pooler.add("a", len(rows), dimensions=dimensions, normalize=normalize)
+    vector = feed(pooler, "a", rows, data.draw(splits(len(rows))))
+    np.testing.assert_allclose(vector.numpy(), mean_of(rows, dimensions, normalize=normalize), atol=1e-5)
+
+
+@unhurried
+@given(data=st.data(), rows=prompts(), dimensions=st.none() | st.integers(1, HIDDEN))
+def test_any_split_into_chunks_gives_the_last_tokens_row(
+    data: st.DataObject, rows: torch.Tensor, dimensions: int | None
+) -> None:
+    pooler = PromptPooler("last")
+    pooler.add("a", len(rows), dimensions=dimensions)
+    vector = feed(pooler, "a", rows, data.draw(splits(len(rows))))
+    np.testing.assert_allclose(vector.numpy(), mean_of(rows[-1:], dimensions), atol=1e-5)
+
+
+@unhurried
+@given(data=st.data(), rows=prompts(), pooling=st.sampled_from(["mean", "last"]))
+def test_a_prompt_that_starts_over_forgets_what_it_saw_before(
+    data: st.DataObject, rows: torch.Tensor, pooling
+) -> None:
+    pooler = PromptPooler(pooling)
+    pooler.add("a", len(rows))
+    for _ in range(data.draw(st.integers(1, 3), label="preemptions")):
+        *begun, _ = data.draw(splits(len(rows)))
+        for start, end in begun:
+            assert pooler.pool("a", rows[start:end] + 5, start) is None  # rows that must not count
+    vector = feed(pooler, "a", rows, data.draw(splits(len(rows))))
+    np.testing.assert_allclose(vector.numpy(), mean_of(rows if pooling == "mean" else rows[-1:]), atol=1e-5)
+
+
+@unhurried
+@given(
+    data=st.data(),
+    inputs=st.lists(prompts(), min_size=2, max_size=4),
+    order=st.randoms(use_true_random=False),
+)
+def test_prompts_whose_chunks_are_interleaved_do_not_mix(
+    data: st.DataObject, inputs: list[torch.Tensor], order
+) -> None:
+    pooler = PromptPooler("mean")
+    waiting = {}
+    for name, rows in enumerate(inputs):
+        pooler.add(str(name), len(rows))
+        waiting[name] = data.draw(splits(len(rows)))
+    vectors: dict[int, torch.Tensor | None] = {}
+    while waiting:
+        name = order.choice(sorted(waiting))
+        start, end = waiting[name].pop(0)
+        vectors[name] = pooler.pool(str(name), inputs[name][start:end], start)
+        if not waiting[name]:
+            del waiting[name]
+    for name, rows in enumerate(inputs):
+        np.testing.assert_allclose(vectors[name], mean_of(rows), atol=1e-5)
+
+
+def test_a_worked_example_of_mean_dimensions_and_length() -> None:
+    rows = torch.tensor([[2.0, 8.0, 1.0], [4.0, 0.0, 9.0]])  # mean 3, 4, 5
+    pooler = PromptPooler("mean")
+    pooler.add("raw", 2, normalize=False)
+    pooler.add("short", 2, dimensions=2)  # 3-4-5 triangle: shortened first, then made unit length
+    pooler.add("short raw", 2, dimensions=2, normalize=False)
+    expected = {"raw": [3.0, 4.0, 5.0], "short": [0.6, 0.8], "short raw": [3.0, 4.0]}
+    for name, vector in expected.items():
+        pooled = pooler.pool(name, rows, 0)
+        assert pooled is not None
+        assert pooled.tolist() == pytest.approx(vector)
+
+
+def test_long_bf16_prompts_are_summed_in_float32() -> None:
+    rows = torch.ones(1000, 2, dtype=torch.bfloat16)  # a bf16 sum of ones stops growing at 256
+    pooler = PromptPooler("mean")
+    pooler.add("a", 1000, normalize=False)
+    assert feed(pooler, "a", rows, [(0, 400), (400, 1000)]).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("seen", "start"),
+    [([], 16), ([(0, 4)], 5), ([(0, 4)], 3), ([(0, 4), (4, 6)], 4)],
+    ids=["cached prefix", "gap", "overlap", "chunk twice"],
+)
+def test_a_mean_refuses_a_chunk_that_does_not_follow_the_last_one(
+    seen: list[tuple[int, int]], start: int
+) -> None:
+    rows = torch.ones(32, HIDDEN)
+    pooler = PromptPooler("mean")
+    pooler.add("chatcmpl-7", 32)
+    for begin, end in seen:
+        pooler.pool("chatcmpl-7", rows[begin:end], begin)
+    expected = seen[-1][1] if seen else 0
+    with pytest.raises(ValueError, match=rf"request chatcmpl-7: .* at token {start}, expected {expected}$"):
+        pooler.pool("chatcmpl-7", rows[start:], start)
+
+
+def test_the_last_token_needs_no_row_before_it() -> None:
+    pooler = PromptPooler("last")
+    pooler.add("a", 20, normalize=False)
+    assert feed(pooler, "a", torch.arange(20.0).reshape(20, 1), [(16, 20)]).tolist() == [19.0]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_vector_outlives_the_runners_buffer(pooling) -> None:
+    rows = torch.full((3, 2), 4.0)
+    pooler = PromptPooler(pooling)
+    pooler.add("a", 3, normalize=False)
+    vector = feed(pooler, "a", rows, [(0, 3)])
+    rows.zero_()  # the next step writes its rows there
+    assert vector.tolist() == [4.0, 4.0]
+
+
+def test_earlier_chunks_outlive_the_runners_buffer() -> None:
+    buffer = torch.full((2, 2), 4.0)
+    pooler = PromptPooler("mean")
+    pooler.add("a", 4, normalize=False)
+    pooler.pool("a", buffer[:1], 0)
+    pooler.pool("a", buffer[:1].fill_(6.0), 1)
+    vector = pooler.pool("a", buffer.fill_(1.0), 2)
+    assert vector is not None
+    assert vector.tolist() == [3.0, 3.0]  # 4, 6, 1, 1
+
+
+def test_a_zero_vector_stays_zero_and_is_never_nan() -> None:
+    pooler = PromptPooler("mean")
+    pooler.add("a", 2)
+    assert feed(pooler, "a", torch.zeros(2, 3), [(0, 2)]).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_requests_are_known_until_they_are_removed() -> None:
+    pooler = PromptPooler("mean")
+    assert not pooler
+    pooler.add("a", 2)
+    pooler.add("b", 2)
+    pooler.remove("a")
+    pooler.remove("a")
+    assert "a" not in pooler
+    assert "b" in pooler
+    assert len(pooler) == 1
+
+
+def test_a_known_id_that_is_added_again_is_another_prompt() -> None:
+    pooler = PromptPooler("mean")
+    pooler.add("a", 4)
+    pooler.pool("a", torch.ones(3, 2), 0)
+    pooler.add("a", 2, dimensions=1, normalize=False)
+    assert feed(pooler, "a", torch.tensor([[1.0, 0.0], [3.0, 0.0]]), [(0, 1), (1, 2)]).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_an_empty_prompt_is_refused(length: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"request a: found a prompt of {length} tokens, expected at least 1"
+    ):
+        PromptPooler("mean").add("a", length)

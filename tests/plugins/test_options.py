@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from galley_plugins.options import PluginOptions
+
+
+def configured(additional: Any) -> SimpleNamespace:
+    """What a process of the engine sees of the launcher's options."""
+    return SimpleNamespace(additional_config=additional)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [PluginOptions(), PluginOptions(embed=True, pooling="mean"), PluginOptions(embed=True, pooling="last")],
+)
+def test_options_survive_the_way_through_a_command_line(options: PluginOptions) -> None:
+    carried = json.loads(json.dumps(options.to_additional_config()))
+    assert PluginOptions.from_vllm_config(configured(carried)) == options
+
+
+@pytest.mark.parametrize("additional", [{}, {"another_plugin": {"embed": True}}, None, "hashable"])
+def test_without_options_of_galley_every_plugin_is_off(additional: Any) -> None:
+    assert not PluginOptions.from_vllm_config(configured(additional)).embed
+
+
+def test_an_option_of_another_version_is_named() -> None:
+    later = configured({"galley": {"embed": True, "draft": 8, "banana": 1}})
+    with pytest.raises(ValueError, match=r"additional_config\.galley: unknown option banana, draft"):
+        PluginOptions.from_vllm_config(later)
+
+
+def test_an_unknown_pooling_is_refused_with_what_was_found_and_expected() -> None:
+    with pytest.raises(ValueError, match="pooling: found 'max', expected one of mean, last"):
+        PluginOptions.from_vllm_config(configured({"galley": {"pooling": "max"}}))

@@ -1,0 +1,137 @@
+"""The real scheduler with a real prefix cache, over a model of which only the configuration exists."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from galley_plugins.options import PluginOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("own_environment")
+
+BLOCK = 16
+PROMPT = list(range(50))  # three whole blocks and two tokens more
+MEAN = PluginOptions(embed=True, pooling="mean")
+LAST = PluginOptions(embed=True, pooling="last")
+OFF = PluginOptions()
+
+
+@pytest.fixture
+def model(llama: Path) -> ModelConfig:
+    return ModelConfig(model=str(llama), skip_tokenizer_init=True, dtype="float32")
+
+
+def scheduler(model: ModelConfig, options: PluginOptions, *, asynchronous: bool = False) -> Any:
+    """What an engine core with these options schedules with."""
+    config = VllmConfig(
+        model_config=model,
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=8,
+            max_num_batched_tokens=256,
+            max_model_len=256,
+            is_encoder_decoder=False,
+            scheduler_cls="galley_plugins.scheduling.make_scheduler",
+        ),
+        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+        additional_config=options.to_additional_config(),
+    )
+    config.scheduler_config.async_scheduling = asynchronous  # which vLLM never chooses on a CPU
+    config.cache_config.num_gpu_blocks = 64
+    attention = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    init_none_hash(sha256)
+    return config.scheduler_config.get_scheduler_cls()(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], attention)]
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+    )
+
+
+def chat(name: str) -> Request:
+    parameters = SamplingParams(max_tokens=4)
+    return Request(name, PROMPT, parameters, None, block_hasher=get_request_block_hasher(BLOCK, sha256))
+
+
+def embedding(name: str) -> Request:
+    parameters = PoolingParams(task="embed")
+    return Request(name, PROMPT, None, parameters, block_hasher=get_request_block_hasher(BLOCK, sha256))
+
+
+def first_chunks(scheduler: Any, *requests: Request) -> dict[str, tuple[int, int]]:
+    """For each request, the tokens read from the cache and those to compute, in the step that admits it."""
+    for request in requests:
+        scheduler.add_request(request)
+    step = scheduler.schedule()
+    return {
+        request.req_id: (request.num_computed_tokens, step.num_scheduled_tokens[request.req_id])
+        for request in step.scheduled_new_reqs
+    }
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_only_embeddings_compute_their_whole_prompt_where_a_mean_is_taken(
+    model: ModelConfig, asynchronous: bool
+) -> None:
+    mean = scheduler(model, MEAN, asynchronous=asynchronous)
+    assert first_chunks(mean, chat("first")) == {"first": (0, 50)}
+    assert first_chunks(mean, chat("second"), embedding("vector")) == {"second": (48, 2), "vector": (0, 50)}
+
+
+def test_a_chat_reads_the_prefix_that_an_embedding_left(model: ModelConfig) -> None:
+    mean = scheduler(model, MEAN)
+    assert first_chunks(mean, embedding("vector")) == {"vector": (0, 50)}
+    assert first_chunks(mean, chat("chat")) == {"chat": (48, 2)}
+
+
+@pytest.mark.parametrize("options", [LAST, OFF])
+def test_embeddings_read_the_cache_where_no_mean_is_taken(model: ModelConfig, options: PluginOptions) -> None:
+    other = scheduler(model, options)
+    first_chunks(other, chat("first"))
+    assert first_chunks(other, embedding("vector")) == {"vector": (48, 2)}
+
+
+@pytest.mark.parametrize("options", [MEAN, LAST, OFF])
+def test_the_scheduler_is_the_one_that_vllm_would_use(model: ModelConfig, options: PluginOptions) -> None:
+    assert isinstance(scheduler(model, options, asynchronous=True), AsyncScheduler)
+    synchronous = scheduler(model, options)
+    assert isinstance(synchronous, Scheduler)
+    assert not isinstance(synchronous, AsyncScheduler)
+
+
+def test_an_embedding_ends_with_the_step_that_brings_its_vector_and_no_token(model: ModelConfig) -> None:
+    mean = scheduler(model, MEAN)
+    for request in (embedding("vector"), chat("chat")):
+        mean.add_request(request)
+    step = mean.schedule()
+    vector = torch.ones(4)
+    output = ModelRunnerOutput(
+        req_ids=["vector", "chat"],
+        req_id_to_index={"vector": 0, "chat": 1},
+        sampled_token_ids=[[], [7]],
+        pooler_output=[vector, None],
+    )
+    outputs = {each.request_id: each for each in mean.update_from_output(step, output)[0].outputs}
+    assert outputs["vector"].pooling_output is vector
+    assert outputs["vector"].finished
+    assert outputs["vector"].new_token_ids == []
+    assert outputs["chat"].new_token_ids == [7]
+    assert not outputs["chat"].finished
+    assert mean.schedule().num_scheduled_tokens == {"chat": 1}

@@ -1,0 +1,289 @@
+"""The server's command line, as vLLM's own parser reads it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from galley_plugins.options import PluginOptions
+from galley_plugins.worker.arguments import GiB, server_arguments
+from galley_plugins.worker.spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from galley_plugins.worker.device import Device
+
+BUILTIN = "builtin:smollm2-135m-instruct"
+BOTH = WorkerSpec(weights="some/model", names=("kitchen", "galley"), port=8001)
+GENERATE = replace(BOTH, tasks=frozenset({"generate"}))
+EMBED = replace(BOTH, tasks=frozenset({"embed"}))
+
+
+@pytest.fixture
+def served(read_by_vllm: Callable[[list[str]], Any]) -> Callable[..., Any]:
+    """What vLLM is asked to do for a worker."""
+
+    def read(spec: WorkerSpec, device: Device = "cpu", **engine: Any) -> Any:
+        options = {name.replace("_", "-"): value for name, value in engine.items()}
+        return read_by_vllm(server_arguments(replace(spec, engine=options), "/models/some", device))
+
+    return read
+
+
+@pytest.fixture
+def parser(read_by_vllm: Any) -> argparse.ArgumentParser:
+    return read_by_vllm.parser
+
+
+def untouched(parser: argparse.ArgumentParser, values: Any, *names: str) -> bool:
+    return all(getattr(values, name) == parser.get_default(name) for name in names)
+
+
+def options_of(values: Any) -> PluginOptions:
+    return PluginOptions.from_vllm_config(SimpleNamespace(additional_config=values.additional_config))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("spec", [BOTH, GENERATE, EMBED], ids=["both", "generate", "embed"])
+def test_the_server_listens_and_is_named_as_asked(
+    spec: WorkerSpec, device: Device, served: Callable[..., Any]
+) -> None:
+    values = served(replace(spec, host="::1"), device)
+    assert values.model == "/models/some"
+    assert (values.host, values.port) == ("::1", 8001)
+    assert values.served_model_name == ["kitchen", "galley"]
+    assert values.disable_uvicorn_access_log
+
+
+def test_one_engine_for_both_tasks_generates_and_takes_means_in_the_plugin(
+    served: Callable[..., Any],
+) -> None:
+    values = served(BOTH)
+    assert values.runner == "generate"
+    assert values.convert == "auto"
+    # Any other pooling of vLLM's would turn chunked prefill and prefix caching off.
+    assert (values.pooler_config.task, values.pooler_config.seq_pooling_type) == ("embed", "LAST")
+    assert values.pooler_config.use_activation is True
+    assert values.scheduler_cls == "galley_plugins.scheduling.make_scheduler"
+    assert values.hf_overrides == {"is_matryoshka": True}
+    assert values.tool_strict_level == "parameter"
+    assert options_of(values) == PluginOptions(embed=True, pooling="mean")
+    values = served(replace(BOTH, pooling="last", normalize=False))
+    assert values.pooler_config.seq_pooling_type == "LAST"
+    assert values.pooler_config.use_activation is False
+    assert options_of(values) == PluginOptions(embed=True, pooling="last")
+
+
+def test_an_engine_that_only_generates_is_vllms_own(
+    served: Callable[..., Any], parser: argparse.ArgumentParser
+) -> None:
+    values = served(GENERATE)
+    assert untouched(parser, values, "runner", "convert", "pooler_config", "scheduler_cls", "hf_overrides")
+    assert values.tool_strict_level == "parameter"
+    assert not options_of(values).embed
+
+
+@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("last", False)])
+def test_an_engine_that_only_embeds_is_vllms_own(
+    pooling: Any, normalize: bool, served: Callable[..., Any], parser: argparse.ArgumentParser
+) -> None:
+    values = served(replace(EMBED, pooling=pooling, normalize=normalize))
+    assert (values.runner, values.convert) == ("pooling", "embed")
+    assert (values.pooler_config.task, values.pooler_config.seq_pooling_type) == ("embed", pooling.upper())
+    assert values.pooler_config.use_activation is normalize
+    assert values.hf_overrides == {"is_matryoshka": True}
+    assert untouched(parser, values, "scheduler_cls", "tool_strict_level")
+    assert not options_of(values).embed
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_device_has_its_worker_class(device: Device, served: Callable[..., Any]) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    name = served(BOTH, device).worker_cls
+    assert (
+        name
+        == {
+            "cpu": "galley_plugins.runners.cpu_worker.GalleyCPUWorker",
+            "cuda": "galley_plugins.runners.cuda_worker.GalleyCUDAWorker",
+        }[device]
+    )
+    assert issubclass(resolve_obj_by_qualname(name), WorkerBase)
+
+
+def test_cuda_keeps_vllms_defaults_for_everything_that_is_tuned_for_a_cpu(
+    served: Callable[..., Any], parser: argparse.ArgumentParser
+) -> None:
+    tuned = ("enforce_eager", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "dtype")
+    spec = replace(BOTH, weights=BUILTIN)
+    assert untouched(parser, served(spec, "cuda"), *tuned)
+    on_cpu = served(spec, "cpu")
+    assert [name for name in tuned if untouched(parser, on_cpu, name)] == []
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "eager"),
+    [
+        ("cpu", "auto", True),
+        ("cpu", "on", False),
+        ("cpu", "off", True),
+        ("cuda", "auto", False),
+        ("cuda", "on", False),
+        ("cuda", "off", True),
+    ],
+)
+def test_a_model_is_compiled_where_asked_and_by_default_on_cuda(
+    device: Device, compiled: Any, eager: bool, served: Callable[..., Any]
+) -> None:
+    assert served(replace(BOTH, compile=compiled), device).enforce_eager is eager
+
+
+def test_on_a_cpu_steps_grow_with_the_cores_and_chats_never_fill_one(
+    served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = []
+    for cores in (1, 2, 4, 16, 64, 192):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        values = served(BOTH)
+        assert 1 < values.max_num_seqs < values.max_num_batched_tokens
+        tokens.append(values.max_num_batched_tokens)
+    assert tokens == sorted(tokens)
+    assert tokens[0] < tokens[3]
+    assert 32 <= tokens[0] <= tokens[-1] <= 2048
+
+
+@pytest.mark.parametrize(
+    ("available", "cache"), [(2 * GiB, GiB // 2), (4 * GiB, GiB), (8 * GiB, 2 * GiB), (500 * GiB, 2 * GiB)]
+)
+def test_on_a_cpu_the_cache_takes_a_quarter_of_what_is_free_and_2_gib_at_most(
+    available: int, cache: int, served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    assert served(BOTH).kv_cache_memory_bytes == cache
+
+
+def test_a_builtin_model_brings_its_options_and_no_other_model_does(
+    served: Callable[..., Any], parser: argparse.ArgumentParser
+) -> None:
+    builtin = served(replace(BOTH, weights=BUILTIN))
+    assert builtin.enable_auto_tool_choice
+    assert builtin.tool_call_parser == "hermes"
+    assert builtin.dtype == "float32"
+    assert untouched(parser, served(BOTH), "enable_auto_tool_choice", "tool_call_parser", "dtype")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parsed"),
+    [
+        ("max-model-len", 4096, 4096),
+        ("max-num-seqs", 3, 3),  # over a default of Galley's
+        ("kv-cache-memory-bytes", 1_000_000, 1_000_000),
+        ("enforce-eager", False, False),
+        ("disable-uvicorn-access-log", False, False),
+        ("enable-prefix-caching", False, False),
+        ("tool-strict-level", "function", "function"),
+        ("dtype", "bfloat16", "bfloat16"),
+        ("gpu-memory-utilization", 0.5, 0.5),
+        ("seed", 0, 0),
+        ("generation-config", "", ""),
+        ("kv-cache-dtype-skip-layers", ["0", "5"], ["0", "5"]),
+        ("cudagraph-capture-sizes", [1, 2, 4], [1, 2, 4]),
+        ("logits-processors", ["a.B", "c.D"], ["a.B", "c.D"]),
+        ("override-generation-config", {"temperature": 0.5, "stop": ["\n", "ü"]}, {"temperature": 0.5, "stop": ["\n", "ü"]}),
+        ("limit-mm-per-prompt", {"image": 2}, {"image": 2}),
+        ("hf-overrides", {"rope": {"factor": 2.0}}, {"is_matryoshka": True, "rope": {"factor": 2.0}}),
+        ("hf-overrides", {"is_matryoshka": False}, {"is_matryoshka": False}),
+        ("hf-overrides", None, {"is_matryoshka": True}),
+        ("default-chat-template-kwargs", {"enable_thinking": False}, {"enable_thinking": False}),
+        ("allowed-origins", ["https://a.example", "*"], ["https://a.example", "*"]),
+        ("allowed-methods", ["GET"], ["GET"]),
+        ("allowed-headers", [], []),
+        ("allowed-origins", '["*"]', ["*"]),
+        ("custom-histogram-buckets", [0.1, 1.0], [0.1, 1.0]),
+        ("middleware", ["one.Two", "three.Four"], ["one.Two", "three.Four"]),
+        ("middleware", "one.Two", ["one.Two"]),
+        ("disable-log-stats", True, True),
+        ("disable-log-stats", False, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_user_passes_through_wins_and_arrives_as_it_was(
+    name: str, value: Any, parsed: Any, device: Device, served: Callable[..., Any]
+) -> None:
+    assert getattr(served(BOTH, device, **{name: value}), name.replace("-", "_")) == parsed
+
+
+def test_lora_modules_with_their_settings_arrive_whole(served: Callable[..., Any]) -> None:
+    modules = [{"name": "sql", "path": "/a"}, {"name": "chef", "path": "/b", "base_model_name": "kitchen"}]
+    values = served(BOTH, lora_modules=modules)
+    assert [(each.name, each.path, each.base_model_name) for each in values.lora_modules] == [
+        ("sql", "/a", None),
+        ("chef", "/b", "kitchen"),
+    ]
+
+
+def test_none_takes_a_default_of_galleys_back(
+    served: Callable[..., Any], parser: argparse.ArgumentParser
+) -> None:
+    taken = {"tool-strict-level": None, "max-num-seqs": None, "scheduler-cls": None, "enforce-eager": None}
+    values = served(BOTH, "cpu", **taken)
+    assert untouched(parser, values, *(name.replace("-", "_") for name in taken))
+    assert values.max_num_batched_tokens is not None
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_every_switch_of_vllm_can_be_turned_on_and_off(wanted: bool, parser: argparse.ArgumentParser) -> None:
+    kinds = (argparse.BooleanOptionalAction, argparse._StoreTrueAction)
+    switches = {
+        next(
+            flag for flag in action.option_strings if flag.startswith("--") and not flag.startswith("--no-")
+        ): action
+        for action in parser._actions
+        if isinstance(action, kinds)
+    }
+    assert len(switches) > 80
+    engine = {flag.removeprefix("--"): wanted for flag in switches}
+    values = parser.parse_args(server_arguments(replace(BOTH, engine=engine), "/models/some", "cpu"))
+    assert {flag: getattr(values, action.dest) for flag, action in switches.items()} == dict.fromkeys(
+        switches, wanted
+    )
+
+
+def test_every_list_of_words_of_vllm_arrives_as_a_list(parser: argparse.ArgumentParser) -> None:
+    lists = [
+        action
+        for action in parser._actions
+        if action.nargs == "+" and action.type is not None and not action.choices
+    ]
+    lists = [action for action in lists if "lora-modules" not in action.option_strings[0]]
+    assert len(lists) > 10
+    engine = {action.option_strings[0].removeprefix("--"): ["3", "4"] for action in lists}
+    values = parser.parse_args(server_arguments(replace(BOTH, engine=engine), "/models/some", "cpu"))
+    assert {action.dest: [str(item) for item in getattr(values, action.dest)] for action in lists} == {
+        action.dest: ["3", "4"] for action in lists
+    }
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_an_engine_for_both_tasks_keeps_chunked_prefill_and_prefix_caching(
+    pooling: Any, llama: Path, read_by_vllm: Callable[[list[str]], Any], own_environment: None
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    spec = replace(BOTH, pooling=pooling, engine={"skip-tokenizer-init": True})
+    values = read_by_vllm(server_arguments(spec, llama, "cpu"))
+    config = AsyncEngineArgs.from_cli_args(values).create_engine_config()
+    assert config.model_config.runner_type == "generate"
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.cache_config.enable_prefix_caching
+    assert config.model_config.is_matryoshka
+    assert PluginOptions.from_vllm_config(config) == PluginOptions(embed=True, pooling=pooling)
