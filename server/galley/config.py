@@ -101,6 +101,7 @@ RESERVED_ENGINE_OPTIONS = {
     "pooler-config": "use embedding:",
     "port": "chosen by galley",
     "runner": "use tasks:",
+    "scheduler-cls": "set by galley",
     "served-model-name": "use name: and aliases:",
     "worker-cls": "set by galley",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +41,8 @@ class BuiltinModel:
     gguf: str  # file name inside the package
     sha256: str  # of that file
     size: int  # bytes on disk once unpacked, rounded up
-    engine: dict[str, str | bool]  # options of `vllm serve` that suit the model on any device
-    cpu_engine: dict[str, str | bool]  # and on a CPU
+    engine: dict[str, str | bool] = field(default_factory=dict)  # options of `vllm serve` that suit the model
+    cpu_engine: dict[str, str | bool] = field(default_factory=dict)  # and on a CPU
 
     @property
     def weights(self) -> str:

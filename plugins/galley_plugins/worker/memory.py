@@ -15,7 +15,16 @@ def available_bytes(cgroup: Path = CGROUP) -> int:
     limit, used = _number(cgroup / "memory.max"), _number(cgroup / "memory.current")
     if limit is None or used is None:
         return machine
-    return max(0, min(machine, limit - used))
+    return max(0, min(machine, limit - used + _reclaimable_bytes(cgroup)))
+
+
+def _reclaimable_bytes(cgroup: Path) -> int:
+    """Cached file pages that the kernel gives back when memory is needed; they count as used."""
+    try:
+        lines = (cgroup / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _number(path: Path) -> int | None:

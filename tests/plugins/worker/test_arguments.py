@@ -8,10 +8,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
 from galley_plugins.options import PluginOptions
+from galley_plugins.worker import arguments
 from galley_plugins.worker.arguments import GiB, server_arguments
 from galley_plugins.worker.spec import WorkerSpec
 
@@ -167,7 +167,7 @@ def test_on_a_cpu_steps_grow_with_the_cores_and_chats_never_fill_one(
 def test_on_a_cpu_the_cache_takes_a_quarter_of_what_is_free_and_2_gib_at_most(
     available: int, cache: int, served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr(arguments, "available_bytes", lambda: available)
     assert served(BOTH).kv_cache_memory_bytes == cache
 
 
