@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 GiB = 1024**3
 
-# On a CPU a longer step is not faster per token, but everyone waits for its end: running chats for their next
-# token, an aborted request to be gone. This keeps a step of a small model near 100 ms.
-PREFILL_TOKENS_PER_CORE = 32
+# On a CPU everyone waits for the end of a step: running chats for their next token, an aborted request to be
+# gone. This keeps a step of a small model near 100 ms. Longer ones cost less per token; measured on two cores
+# with the built-in model in float32: 2.1 ms with 48 tokens, 1.9 with 64, 1.6 with 128, 1.5 with 256.
+PREFILL_TOKENS_PER_CORE = 24
 
 # Where vLLM's parser differs from its habit of `--no-NAME` for false and `--NAME a b` for a list.
 SWITCHES = {
@@ -74,7 +75,7 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
 
 def _cpu_options() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    prefill = min(max(cores * PREFILL_TOKENS_PER_CORE, 64), 2048)
+    prefill = min(max(cores * PREFILL_TOKENS_PER_CORE, 48), 2048)
     return {
         "kv-cache-memory-bytes": min(2 * GiB, available_bytes() // 4),
         "max-num-batched-tokens": prefill,
