@@ -147,6 +147,16 @@ def test_the_longest_prompt_is_embedded_and_one_token_more_is_refused_with_the_l
     assert str(limit) in refused.json()["error"]["message"]
 
 
+def test_a_seeded_prompt_over_several_chunks_is_sampled_the_same_way_each_time(engine: Server) -> None:
+    """Plain vLLM's CPU engine dies of this request."""
+    question = "Summarise: " + long_text(120)
+    options = {"max_tokens": 12, "temperature": 1.0}
+    (first, second, other) = (
+        engine.chat(question, **options, seed=seed)["choices"][0]["message"]["content"] for seed in (5, 5, 6)
+    )
+    assert first == second != other
+
+
 def test_every_process_of_the_engine_reports_the_plugins(engine: Server) -> None:
     status = engine.client.get("/galley/status").json()
     names = {process["process"] for process in status["processes"]}

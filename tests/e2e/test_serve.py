@@ -91,6 +91,36 @@ def test_bad_input_is_refused_with_a_reason(
     assert galley.client.get("/health/ready").status_code == 200
 
 
+LONG = long_text(40)  # over several prefill chunks
+UNUSUAL_REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("a seed and a long prompt", "/v1/completions", {"prompt": LONG, "seed": 3, "temperature": 1.0}),
+    ("several seeded choices", CHAT, {"messages": HELLO, "n": 4, "seed": 3, "temperature": 1.0}),
+    ("prompt log-probabilities", "/v1/completions", {"prompt": LONG, "prompt_logprobs": 2}),
+    ("an echo with log-probabilities", "/v1/completions", {"prompt": LONG, "echo": True, "logprobs": 2}),
+    ("penalties", CHAT, {"messages": HELLO, "presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.2}),
+    ("top-k, top-p and min-p", CHAT, {"messages": HELLO, "top_k": 5, "top_p": 0.8, "min_p": 0.1, "temperature": 0.9}),
+    ("a bias", CHAT, {"messages": HELLO, "logit_bias": {"28": -100, "30": 5}}),
+    ("words that are not allowed", CHAT, {"messages": HELLO, "bad_words": ["Hello", "the"]}),
+    ("tokens that alone are allowed", CHAT, {"messages": HELLO, "allowed_token_ids": [28, 30, 57]}),
+    ("a minimum length and stop strings", CHAT, {"messages": HELLO, "min_tokens": 3, "stop": ["zebra"]}),
+    ("one of several answers", CHAT, {"messages": HELLO, "structured_outputs": {"choice": ["yes", "no"]}}),
+    ("a regular expression", CHAT, {"messages": HELLO, "structured_outputs": {"regex": "[ab]{3}"}}),
+    ("a beam search", "/v1/completions", {"prompt": "One, two,", "use_beam_search": True, "n": 2}),
+    ("several prompts", "/v1/completions", {"prompt": ["One", LONG], "seed": 1, "temperature": 1.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "fields"), [case[1:] for case in UNUSUAL_REQUESTS], ids=[case[0] for case in UNUSUAL_REQUESTS])  # fmt: skip
+def test_what_is_unusual_but_valid_is_answered_and_kills_nothing(
+    galley: Server, path: str, fields: dict[str, Any]
+) -> None:
+    answer = galley.client.post(path, json={"model": "smollm2", "max_tokens": 6, **fields})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] >= 1
+    (worker,) = galley.client.get("/workers").json()["workers"]
+    assert (worker["state"], worker["restarts"]) == ("ready", 0)
+
+
 def test_a_prompt_too_long_is_refused_with_the_limit(galley: Server) -> None:
     answer = galley.client.post(CHAT, json=chat(messages=[{"role": "user", "content": long_text(3000)}]))
     assert answer.status_code == 400

@@ -13,6 +13,7 @@ from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.report import ReportingWorker
+from galley_plugins.runners.seeds import with_seeded_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,8 @@ def _runner_class(options: PluginOptions, *, v2: bool) -> Iterator[None]:
     """`CPUWorker.init_device` builds the runner itself, by a name in a module; put ours there."""
     owner: Any = importlib.import_module("vllm.v1.worker.cpu.model_runner") if v2 else vllm_cpu_worker
     original = owner.CPUModelRunner
-    owner.CPUModelRunner = compose_runner(original, options, v2=v2)
+    base = original if v2 else with_seeded_chunks(original)
+    owner.CPUModelRunner = compose_runner(base, options, v2=v2)
     try:
         yield
     finally:

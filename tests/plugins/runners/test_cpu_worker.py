@@ -37,7 +37,7 @@ def test_only_while_the_worker_builds_its_runner_vllms_class_is_replaced(
     worker(v2=v2, embed=embed).init_device()
     (built,) = seen
     assert issubclass(built, original)
-    assert (built is not original) == embed
+    assert (built is not original) == (embed or not v2)  # V1 samples seeded chunks otherwise, whatever is on
     assert built.__name__ == ("GalleyCPUModelRunner" if embed else "CPUModelRunner")
     assert module.CPUModelRunner is original
 
