@@ -109,7 +109,7 @@ def test_levels_and_the_console_form(configured):
 
 def test_libraries_speak_in_the_same_form(configured):
     lines = configured(log_level="debug")
-    logging.getLogger("some.library").warning("careful: %s", 3)
-    logging.getLogger("some.library").info("chatter")
+    logging.getLogger("some_package").warning("careful: %s", 3)
+    logging.getLogger("some_package").info("chatter")
     [entry] = [json.loads(line) for line in lines()]
     assert (entry["message"], entry["level"]) == ("careful: 3", "warning")
