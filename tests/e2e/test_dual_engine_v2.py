@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 V2_ON_CPU = Path(__file__).parents[1] / "support" / "v2_on_cpu"
 OPTIONS = {**FLOAT32, "max-model-len": 1024, "max-num-batched-tokens": 128, "max-num-seqs": 8}
+# 30 layers x keys and values x 3 heads x 64 x 4 bytes, 128 tokens a block
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,8 @@ def plain_chats() -> list[str]:
 @pytest.fixture(scope="module")
 def engine(plain_chats: list[str]) -> Iterator[Server]:
     environment = {"PYTHONPATH": str(V2_ON_CPU), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    with galley_worker(OPTIONS, env=environment) as server:
+    small = {**OPTIONS, "kv-cache-memory-bytes": 9 * BLOCK_BYTES, "no-scheduler-reserve-full-isl": True}
+    with galley_worker(small, env=environment) as server:
         yield server
 
 
@@ -60,3 +63,45 @@ def test_the_longest_prompt_and_a_short_vector(engine: Server) -> None:
     ids = [(index * 37) % 40000 + 100 for index in range(1023)]
     (vector,) = engine.embed(ids, dimensions=32)
     assert reference.cosine(vector, reference.embed(ids, dimensions=32)) > 0.999
+
+
+def test_many_inputs_in_one_request_come_back_in_order(engine: Server) -> None:
+    texts = [long_text(1 + index % 5, seed=31 * index) for index in range(64)]
+    for text, vector in zip(texts, engine.embed(texts), strict=True):
+        assert reference.cosine(vector, reference.embed(text)) > 0.999
+
+
+def test_a_chat_reads_the_prefix_that_an_embedding_left_and_the_embedding_none(engine: Server) -> None:
+    shared = long_text(60, seed=5)
+    alone = reference.embed(shared)
+    (first,) = engine.embed(shared)
+    hits = engine.metric("vllm:prefix_cache_hits_total")
+    completion = {"model": "smollm2", "prompt": shared, "max_tokens": 4, "temperature": 0}
+    with_cache = engine.client.post("/v1/completions", json=completion).json()["choices"][0]["text"]
+    assert engine.metric("vllm:prefix_cache_hits_total") > hits
+    (second,) = engine.embed(shared)
+    assert reference.cosine(first, alone) > 0.9999
+    assert reference.cosine(second, alone) > 0.9999
+    fresh = engine.client.post("/v1/completions", json={**completion, "cache_salt": "another"}).json()
+    assert with_cache == fresh["choices"][0]["text"]
+
+
+def test_preempted_chats_and_embeddings_are_unchanged(engine: Server) -> None:
+    """Six chats that each grow into a second block, and embeddings of three, in room for nine blocks."""
+    prompts = [
+        f"Say something about {thing}." for thing in ("bread", "rain", "iron", "maps", "music", "trade")
+    ]
+    options = {"max_tokens": 105, "ignore_eos": True}
+    alone = [engine.chat(prompt, **options) for prompt in prompts]
+    texts = [long_text(60, seed=seed) for seed in (8, 9)]
+    before = engine.metric("vllm:num_preemptions_total")
+    with ThreadPoolExecutor(8) as pool:
+        chats = [pool.submit(engine.chat, prompt, **options) for prompt in prompts]
+        vectors = [pool.submit(engine.embed, text) for text in texts]
+        together = [chat.result() for chat in chats]
+        pooled = [vector.result()[0] for vector in vectors]
+    assert engine.metric("vllm:num_preemptions_total") > before
+    for one, other in zip(alone, together, strict=True):
+        assert one["choices"][0]["message"]["content"] == other["choices"][0]["message"]["content"]
+    for text, vector in zip(texts, pooled, strict=True):
+        assert reference.cosine(vector, reference.embed(text)) > 0.999
