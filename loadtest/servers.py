@@ -118,15 +118,17 @@ def galley_worker(engine: dict[str, Any], *flags: str, env: dict[str, str] | Non
     return running(command, environment, port)
 
 
-def plain_vllm(engine: dict[str, Any]) -> Any:
+def plain_vllm(engine: dict[str, Any], env: dict[str, str] | None = None) -> Any:
     """vLLM's own server with the same model and settings and none of Galley's plugins."""
+    import json
+
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve(MODEL))]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     for option, value in engine.items():
-        command += [f"--{option}", str(value)]
+        command += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
     environment = {**worker_environment("cpu", os.environ), "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": ""}
-    return running(command, environment, port)
+    return running(command, {**environment, **(env or {})}, port)
 
 
 def galley_serve(config: Path | None = None, *flags: str, env: dict[str, str] | None = None) -> Any:

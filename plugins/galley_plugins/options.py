@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from galley_plugins.speculation.options import SpeculationOptions
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -19,10 +21,12 @@ class PluginOptions:
     Attributes:
         embed: serve `embed` requests from the generating engine.
         pooling: how hidden states become one vector.
+        speculation: draft and verify; None is off.
     """
 
     embed: bool = False
     pooling: Pooling = "mean"
+    speculation: SpeculationOptions | None = None
 
     def __post_init__(self) -> None:
         if self.pooling not in get_args(Pooling):
@@ -45,4 +49,9 @@ class PluginOptions:
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"additional_config.{KEY}: unknown option {', '.join(unknown)}")
-        return cls(**values)
+        values = dict(values)
+        speculation = values.pop("speculation", None)
+        return cls(
+            **values,
+            speculation=None if speculation is None else SpeculationOptions.from_values(speculation),
+        )

@@ -6,11 +6,15 @@ before it serves: the engine core and every worker process must have reported th
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse
 
 from galley_plugins import progress, registration
+from galley_plugins.options import PluginOptions
+from galley_plugins.speculation.options import STATS_VARIABLE
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -52,6 +56,16 @@ class StatusEndpoint:
             "workers": workers,
             "processes": [{"process": line["process"], "pid": line["pid"]} for line in loaded],
         }
+        vllm_config = engine_client.vllm_config
+        speculation = PluginOptions.from_vllm_config(vllm_config).speculation
+        counters = os.environ.get(STATS_VARIABLE)
+        if speculation is not None:
+            from galley_plugins.speculation.frontend import validate_requests
+            from galley_plugins.speculation.stats import serve_metrics
+
+            if counters:
+                serve_metrics(Path(counters), speculation.method)
+            validate_requests(runs_alone=not vllm_config.use_v2_model_runner)
         progress.report("ready")
 
 

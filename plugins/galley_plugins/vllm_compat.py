@@ -38,6 +38,67 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.finish_requests", "forgets their prompts"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.get_supported_tasks", "embed is added"),
     ),
+    "speculation-v2": (
+        (
+            "vllm.v1.worker.gpu.model_runner",
+            "init_speculator",
+            "replaced while the runner makes its speculator",
+        ),
+        ("vllm.v1.worker.gpu.spec_decode.speculator", "BaseSpeculator.propose", "what a speculator is asked"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.load_model", "its model's logits are read"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.add_requests", "limits and scopes of requests"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", "drafts and logits of the step"),
+        (
+            "vllm.v1.worker.gpu.model_runner",
+            "GPUModelRunner.take_draft_token_ids",
+            "how many tokens of each draft are scheduled",
+        ),
+        ("vllm.v1.outputs", "DraftTokenIds", "how many tokens of each draft are scheduled"),
+    ),
+    "speculation-v1": (
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs", "a tree's positions and slots"),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner._build_attention_metadata",
+            "one attention row for each branch",
+        ),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", "logits of every drafted position"),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner.propose_draft_token_ids",
+            "verified tokens in, drafts out",
+        ),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner._input_fits_in_drafter",
+            "drafts fit by themselves",
+        ),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner.initialize_kv_cache_tensors",
+            "private blocks for branches",
+        ),
+        ("vllm.v1.worker.gpu_model_runner", "build_logitsprocs", "min_p and logit_bias stay"),
+    ),
+    "speculation-self": (
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.load_model", "finds the layers to skip"),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward", "runs without some of them"),
+        ("vllm.v1.worker.utils", "AttentionGroup.build_metadata", "attention of tokens that it drafts"),
+        ("vllm.v1.attention.backend", "CommonAttentionMetadata", "attention of tokens that it drafts"),
+        ("vllm.forward_context", "set_forward_context", "runs the model outside of vLLM's own step"),
+    ),
+    "speculation-tree": (
+        ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.do_kv_cache_update", "stores again"),
+        (
+            "vllm.v1.attention.backends.cpu_attn",
+            "CPUAttentionMetadata.dynamic_causal",
+            "metadata of branches",
+        ),
+        ("vllm.v1.attention.backends.registry", "register_backend", "documented for out-of-tree backends"),
+    ),
+    "speculation-frontend": (
+        ("vllm.sampling_params", "SamplingParams._validate_spec_decode", "checks vllm_xargs"),
+    ),
     "worker-cpu": (
         ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),
     ),

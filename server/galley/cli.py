@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,6 +30,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+speculation_app = typer.Typer(help="Prepare tables of draft-verify speculation.", no_args_is_help=True)
+app.add_typer(speculation_app, name="speculation")
 
 out = Console()
 err = Console(stderr=True)
@@ -173,6 +176,16 @@ def config_check(
     )
 
 
+@speculation_app.command(
+    "build-table",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def speculation_build_table(context: typer.Context) -> None:
+    """Count a corpus's tri-grams into a table for `speculation: {method: trigram}`; --help says how."""
+    _run_plugin("galley_plugins.speculation", ["build-table", *context.args])
+
+
 @app.command()
 def version(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print the versions of Galley and of what it runs on."""
@@ -244,6 +257,17 @@ def _builtin_models() -> list[dict[str, Any]] | None:
         return None
     listed: list[dict[str, Any]] = json.loads(result.stdout)
     return listed
+
+
+def _run_plugin(module: str, arguments: list[str]) -> NoReturn:
+    """Hand over to a command of the worker packages: its input, output and status are this one's."""
+    if importlib.util.find_spec("vllm") is None:
+        _fail("this command runs where the worker packages are installed")
+    try:
+        status = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    except KeyboardInterrupt:
+        status = 130
+    raise typer.Exit(status)
 
 
 def _run(main_coroutine: Any) -> None:

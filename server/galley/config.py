@@ -84,6 +84,33 @@ class EmbeddingConfig(_Frozen):
     normalize: bool = True
 
 
+class TrigramConfig(_Frozen):
+    """Constants of the `trigram` drafter."""
+
+    iterations: int = Field(150, ge=1, le=100_000, description="simulations of the tree search a step")
+    depth: int = Field(4, ge=2, le=32)
+    c1: float = Field(32.0, ge=0)
+    c2: float = Field(8.0, gt=0)
+    successors: int = Field(12, ge=1, le=32)
+    paths: int = Field(24, ge=1, le=256)
+    gain: float = Field(0.04, ge=0)
+    cap: float = Field(3.0, gt=0)
+    window: int = Field(16, ge=3, le=4096)
+
+
+class SpeculationConfig(_Frozen):
+    """Draft-verify speculation: the same output in fewer steps."""
+
+    method: Literal["hybrid", "trigram", "recycling", "prompt-lookup", "self"] = "hybrid"
+    max_draft_tokens: int = Field(16, ge=1, le=96, description="the most tokens drafted for a request a step")
+    tree: Literal["auto", "on", "off"] = Field("auto", description="drafts may branch")
+    scope: Literal["request", "worker", "key"] = Field("worker", description="who shares what is learned")
+    table_bytes: int = Field(64 * MiB, ge=MiB)
+    tables: Path | None = Field(None, description="learned tables are loaded from here and saved here")
+    corpus: Path | None = Field(None, description="a table made by `galley speculation build-table`")
+    trigram: TrigramConfig = TrigramConfig()
+
+
 def _flag_name(value: Any) -> Any:
     """Accept `max_model_len` and `max-model-len` alike as the name of an engine option."""
     if not isinstance(value, dict):
@@ -103,6 +130,7 @@ RESERVED_ENGINE_OPTIONS = {
     "runner": "use tasks:",
     "scheduler-cls": "set by galley",
     "served-model-name": "use name: and aliases:",
+    "speculative-config": "use speculation:",
     "worker-cls": "set by galley",
 }
 
@@ -120,6 +148,7 @@ class ModelConfig(_Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile")
     embedding: EmbeddingConfig = EmbeddingConfig()
+    speculation: SpeculationConfig | None = Field(None, description="draft and verify; off without it")
     engine: EngineOptions = Field({}, description="any option of `vllm serve`, by its flag name")
     env: dict[str, str] = Field({}, description="environment variables of the worker")
     urls: tuple[HttpUrl, ...] = Field((), description="workers that run already; galley starts none then")
@@ -141,6 +170,12 @@ class ModelConfig(_Frozen):
             if option in value:
                 raise ValueError(f"engine option {option!r} is not passed through: {instead}")
         return value
+
+    @model_validator(mode="after")
+    def _check_speculation(self) -> ModelConfig:
+        if self.speculation is not None and "generate" not in self.tasks:
+            raise ValueError(f"speculation: model {self.name!r} does not generate")
+        return self
 
     @property
     def served_names(self) -> tuple[str, ...]:

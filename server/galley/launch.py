@@ -26,6 +26,9 @@ def worker_command(model: ModelConfig, host: str, port: int) -> list[str]:
     command += ["--compile", model.compile, "--pooling", model.embedding.pooling]
     if not model.embedding.normalize:
         command.append("--no-normalize")
+    if model.speculation is not None:
+        chosen = model.speculation.model_dump(mode="json", exclude_unset=True)
+        command += ["--speculation", json.dumps(chosen)]
     if model.engine:
         command += ["--engine", json.dumps(model.engine)]
     return command

@@ -4,6 +4,7 @@ import asyncio
 import os
 from argparse import Namespace
 from types import SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -86,6 +87,7 @@ class Engine:
 
     def __init__(self, *pids: int) -> None:
         self.workers = [{"pid": pid, "rank": rank, "tasks": ["generate"]} for rank, pid in enumerate(pids)]
+        self.vllm_config = SimpleNamespace(additional_config={})
 
     async def collective_rpc(self, method: str) -> list[dict[str, Any]]:
         return {"galley_report": self.workers}[method]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -43,7 +44,9 @@ def two_models(tmp_path):
 
 def test_help_lists_every_command(run):
     shown = run("--help").output
-    for command in ("serve", "gateway", "worker", "models", "config", "version", "mock-engine"):
+    for command in (
+        "serve", "gateway", "worker", "models", "config", "speculation", "version", "mock-engine",
+    ):  # fmt: skip
         assert command in shown
         assert run(command, "--help").exit_code == 0
 
@@ -90,6 +93,41 @@ def test_models_lists_configured_and_built_in_ones(run, two_models):
     shown = run("models", str(two_models)).output
     assert "one, uno" in shown
     assert "running elsewhere" in shown
+
+
+def test_a_table_is_built_by_the_worker_packages(run, monkeypatch):
+    commands = []
+
+    def build(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", build)
+    arguments = ["speculation", "build-table", "corpus", "out", "--tokenizer", "builtin:x", "--help"]
+    assert run(*arguments).exit_code == 3
+    assert commands == [[sys.executable, "-m", "galley_plugins.speculation", *arguments[1:]]]
+
+
+def test_an_interrupted_table_ends_like_any_interrupted_command(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", interrupt)
+    assert run("speculation", "build-table", "corpus", "out").exit_code == 130
+
+
+def test_what_is_wrong_with_a_corpus_is_shown(run, capfd, tmp_path):
+    corpus, out = tmp_path / "nothing", tmp_path / "out"
+    result = run("speculation", "build-table", str(corpus), str(out), "--tokenizer", "builtin:x")
+    assert result.exit_code == 2
+    assert f"error: {corpus} does not exist" in capfd.readouterr().err
+
+
+def test_building_a_table_needs_the_worker_packages(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    result = run("speculation", "build-table", "corpus", "out")
+    assert result.exit_code == 2
+    assert "where the worker packages are installed" in result.stderr
 
 
 def test_worker_shows_the_command_that_it_would_become(run, two_models):

@@ -10,6 +10,7 @@ from typing import NoReturn
 from galley_plugins import progress
 from galley_plugins.models import ModelError, resolve
 from galley_plugins.processes import die_with
+from galley_plugins.speculation.options import STATS_VARIABLE, stats_path
 from galley_plugins.worker.arguments import server_arguments
 from galley_plugins.worker.device import DeviceError, probe, select
 from galley_plugins.worker.environment import NoCompilerError, worker_environment
@@ -32,6 +33,8 @@ def main() -> NoReturn:
         progress.report("failed", reason=str(error))
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    if spec.speculation is not None:
+        environment[STATS_VARIABLE] = str(stats_path())
     progress.report("starting engine", device=device)
     arguments = server_arguments(spec, model, device)
     program = [sys.executable, "-m", "galley_plugins.worker.serve", *arguments]

@@ -46,6 +46,7 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         "enforce-eager": spec.compile == "off" or (spec.compile == "auto" and device == "cpu"),
         **_task_options(spec),
         **(_cpu_options() if device == "cpu" else {}),
+        **_speculation_options(spec, device),
         **engine_options(spec.weights, device),
     }
     passed = dict(spec.engine)
@@ -71,6 +72,20 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
         "pooler-config": pooler,
         "scheduler-cls": "galley_plugins.scheduling.make_scheduler",
     }
+
+
+def _speculation_options(spec: WorkerSpec, device: Device) -> dict[str, Any]:
+    options = spec.speculation
+    if options is None:
+        return {}
+    config = {
+        "method": "custom_class",
+        "model": "galley_plugins.runners.speculation_v1.PassiveProposer",
+        "num_speculative_tokens": options.max_draft_tokens,
+    }
+    # Branches of a tree start from a copy of the last block: small blocks are soon copied.
+    blocks = {"block-size": 32} if device == "cpu" and options.tree != "off" else {}
+    return {"speculative-config": config, "per-request-spec-decode-metrics": "summary", **blocks}
 
 
 def _cpu_options() -> dict[str, Any]:

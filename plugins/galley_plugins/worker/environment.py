@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from galley_plugins.models.store import cache_root
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -41,6 +43,7 @@ def worker_environment(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "TOKENIZERS_PARALLELISM": "false",
+        "NUMBA_CACHE_DIR": str(cache_root() / "numba"),  # the packages' own folders may be read-only
     }
     if device == "cpu":
         # vLLM keeps one core back per worker by default; on small machines that halves the speed.

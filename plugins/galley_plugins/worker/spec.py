@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from galley_plugins.options import PluginOptions, Pooling
+from galley_plugins.speculation.options import SpeculationOptions
 
 TASKS = ("generate", "embed")
 
@@ -22,6 +23,7 @@ class WorkerSpec:
         tasks: "generate", "embed" or both.
         engine: options of `vllm serve` by flag name; they win over Galley's defaults.
         compile: torch.compile on, off, or what suits the device.
+        speculation: draft and verify; None is off.
     """
 
     weights: str
@@ -33,6 +35,7 @@ class WorkerSpec:
     pooling: Pooling = "mean"
     normalize: bool = True
     compile: Literal["auto", "on", "off"] = "auto"
+    speculation: SpeculationOptions | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -46,7 +49,7 @@ class WorkerSpec:
 
     @property
     def plugin_options(self) -> PluginOptions:
-        return PluginOptions(embed=self.both_tasks, pooling=self.pooling)
+        return PluginOptions(embed=self.both_tasks, pooling=self.pooling, speculation=self.speculation)
 
 
 def parse(arguments: list[str] | None = None) -> WorkerSpec:
@@ -71,10 +74,22 @@ def parse(arguments: list[str] | None = None) -> WorkerSpec:
     parser.add_argument(
         "--engine", type=json.loads, default={}, help="options of `vllm serve`, as a JSON object"
     )
+    parser.add_argument(
+        "--speculation", type=json.loads, help="options of draft-verify speculation, as a JSON object"
+    )
     values = vars(parser.parse_args(arguments))
     tasks = frozenset(values.pop("tasks").split(","))
     if not tasks or not tasks <= set(TASKS):
         parser.error(f"--tasks: found {','.join(sorted(tasks))!r}, expected generate, embed or both")
     if not isinstance(values["engine"], dict):
         parser.error("--engine: expected a JSON object")
+    if values["speculation"] is not None:
+        if not isinstance(values["speculation"], dict):
+            parser.error("--speculation: expected a JSON object")
+        if "generate" not in tasks:
+            parser.error("--speculation: only a model that generates can speculate")
+        try:
+            values["speculation"] = SpeculationOptions.from_values(values["speculation"])
+        except (ValueError, TypeError) as error:
+            parser.error(f"--speculation: {error}")
     return WorkerSpec(names=tuple(values.pop("names")), tasks=tasks, **values)

@@ -1,0 +1,472 @@
+"""Draft-verify speculation on runner V1.
+
+vLLM schedules a draft as it would any other; a tree passes for a chain of as many tokens, since the scheduler
+only counts. The runner alone knows the shape: it gives the nodes their positions, the attention its rows
+(`speculation.branches`), samples along the tree (`speculation.verification`), and shows the drafter what the
+model said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import itertools
+import logging
+import time
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from galley_plugins import vllm_compat
+from galley_plugins.options import PluginOptions
+from galley_plugins.speculation import verification
+from galley_plugins.speculation.branches import BranchPlan, add_request, copies_back, private_blocks
+from galley_plugins.speculation.drafting import Ask, Draft, Opening, Seen, Timing
+from galley_plugins.speculation.lifecycle import DrafterFiles
+from galley_plugins.speculation.requests import drafting_limit, scope_of, standing_alone
+from galley_plugins.speculation.stats import SpeculationStats
+from galley_plugins.speculation.verification import StepRows, Verified
+from galley_plugins.speculation.warmup import warm_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from galley_plugins.speculation.drafting import Drafter
+    from galley_plugins.speculation.options import SpeculationOptions
+
+logger = logging.getLogger("vllm.galley.speculation")
+
+SCRATCH_BLOCKS = 32  # private blocks for branches, beyond those that the scheduler knows of
+TREE_REQUESTS = 4  # in larger batches a branch never pays
+_IDLE_SECONDS = 0.02  # a longer pause between two steps is not the steps' own
+
+
+class PassiveProposer:
+    """What vLLM's `custom_class` makes: nothing. The runner drafts itself."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        pass
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        raise NotImplementedError("SpeculationV1 drafts in its place")
+
+
+class SpeculationV1:
+    """Mixed in before a V1 `GPUModelRunner`, after mixins that drop rows (embedding)."""
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        vllm_compat.check("speculation-v1")
+        options = PluginOptions.from_vllm_config(vllm_config).speculation
+        assert options is not None
+        self.speculation = options
+        self._trees = _trees_possible(vllm_config, options.tree)
+        if self._trees:
+            _register_tree_attention()
+        with _every_logits_processor():
+            super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        self._custom_processors = bool(vllm_config.model_config.logits_processors)
+        vocab_size = vllm_config.model_config.get_vocab_size()
+        self._files = DrafterFiles(options, vocab_size, vllm_config.model_config.tokenizer)
+        self.galley_drafter: Drafter = self._make_drafter(options, vocab_size)
+        self.speculation_stats = SpeculationStats.from_environment()
+        self._numbers: dict[str, int] = {}  # request id -> the drafter's number
+        self._next_number = 0
+        self._text_lengths: dict[str, int] = {}  # tokens that the drafter has seen
+        self._drafts: dict[str, Draft] = {}  # by request id, as scheduled next
+        self._plan: BranchPlan | None = None
+        self._rows: StepRows | None = None
+        self._verified: Verified | None = None
+        self._tops: tuple[np.ndarray, np.ndarray] | None = None
+        self._arena: torch.Tensor | None = None
+        self._scratch: list[int] = []
+        self._step_started = self._step_ended = self._verify_seconds = 0.0
+        self._decode_only = self._timed = False
+
+    def _make_drafter(self: Any, options: SpeculationOptions, vocab_size: int) -> Drafter:
+        warm_up(options, vocab_size)
+        drafter: Drafter = self._files.open()
+        return drafter
+
+    def save_speculation(self: Any) -> None:
+        """Keep what was learned; the worker calls it when it ends."""
+        self._files.save(self.galley_drafter)
+
+    # -- private blocks -----------------------------------------------------------------------------------
+
+    def initialize_kv_cache_tensors(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._trees:
+            return super().initialize_kv_cache_tensors(kv_cache_config, *args, **kwargs)  # type: ignore[misc]
+        reason = _unsuited(kv_cache_config)
+        if reason:
+            logger.warning("speculation verifies chains only: %s", reason)
+            self._trees = False
+            return super().initialize_kv_cache_tensors(kv_cache_config, *args, **kwargs)  # type: ignore[misc]
+        larger = _with_more_blocks(kv_cache_config, SCRATCH_BLOCKS)
+        caches = super().initialize_kv_cache_tensors(larger, *args, **kwargs)  # type: ignore[misc]
+        self._arena = _as_arena(list(caches.values()))
+        per_block = self._arena.shape[1] // larger.num_blocks  # kernel blocks in a block of the scheduler
+        first = kv_cache_config.num_blocks * per_block
+        self._scratch = list(range(first, first + SCRATCH_BLOCKS * per_block))
+        return caches
+
+    # -- before the forward pass --------------------------------------------------------------------------
+
+    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._step_started = time.perf_counter()
+        return super().execute_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _update_states(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        for request_id in scheduler_output.finished_req_ids:
+            self._drafts.pop(request_id, None)
+            self._text_lengths.pop(request_id, None)
+            number = self._numbers.pop(request_id, None)
+            if number is not None:
+                self.galley_drafter.end(number)
+        return super()._update_states(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+        counts = np.array(prepared[1].num_draft_tokens, np.int32)
+        self._rows, trees = self._step_rows(scheduler_output, counts, num_scheduled_tokens)
+        self._decode_only = int(num_scheduled_tokens.sum()) == len(self._rows.tokens)
+        self._plan = None
+        if trees:
+            self._plan = self._plan_branches(trees, num_scheduled_tokens)
+        return prepared
+
+    def _step_rows(
+        self: Any, scheduler_output: Any, counts: np.ndarray, scheduled: np.ndarray
+    ) -> tuple[StepRows, dict[int, np.ndarray]]:
+        """Rows of the step's logits, and the parents of every draft that is a tree, by batch row."""
+        starts = np.zeros(len(counts) + 1, np.int32)
+        np.cumsum(counts + 1, out=starts[1:])
+        ends = np.cumsum(scheduled)
+        tokens = np.empty(starts[-1], np.int32)
+        parents = np.arange(-1, starts[-1] - 1, dtype=np.int32)
+        parents[starts[:-1]] = -1
+        inputs = self.input_ids.cpu.numpy()
+        trees: dict[int, np.ndarray] = {}
+        for request, count in enumerate(counts):
+            first = starts[request]
+            tokens[first : first + count + 1] = inputs[ends[request] - count - 1 : ends[request]]
+            if count:
+                draft = self._drafts.get(self.input_batch.req_ids[request])
+                if draft is None or draft.is_chain:
+                    continue
+                shape = draft.parents[:count]
+                if not np.array_equal(draft.tokens[:count], tokens[first + 1 : first + count + 1]):
+                    continue
+                if (shape == np.arange(-1, count - 1)).all():
+                    continue  # what the scheduler left of the tree is a chain
+                trees[request] = shape
+                parents[first + 1 : first + count + 1] = first + 1 + shape
+        return StepRows(starts, tokens, parents), trees
+
+    def _plan_branches(self: Any, trees: dict[int, np.ndarray], scheduled: np.ndarray) -> BranchPlan:
+        """Positions, slots and attention rows of a step with trees; copies what branches start from."""
+        table = self.input_batch.block_table[0]
+        blocks = table.block_table.np
+        computed = self.input_batch.num_computed_tokens_cpu
+        plan = BranchPlan()
+        free = self._scratch.copy()
+        stop = 0
+        for request, count in enumerate(scheduled):
+            start, stop = stop, stop + int(count)
+            add_request(
+                plan, request, start, stop, trees.get(request), int(computed[request]),
+                blocks[request], free, table.block_size,
+            )  # fmt: skip
+        for index, position in plan.positions:
+            self.positions[index] = position
+        slots = table.slot_mapping.gpu
+        for index, slot in plan.slots:
+            slots[index] = slot
+        ends = np.cumsum(scheduled)
+        for index in plan.orphans:
+            request = int(np.searchsorted(ends, index, side="right"))
+            self._rows.parents[self._rows.starts[request + 1] - (int(ends[request]) - index)] = -2
+        if plan.copies:
+            sources, targets = (torch.tensor(column) for column in zip(*plan.copies, strict=True))
+            self._arena[:, targets] = self._arena[:, sources]
+        return plan
+
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata, common = super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
+        plan = self._plan
+        if plan is None:
+            return metadata, common
+        from galley_plugins.speculation.tree_attention import TreeAttentionMetadata
+
+        requests = torch.tensor([request for request, _, _ in plan.rows])
+        bounds = torch.tensor([0, *(stop for _, _, stop in plan.rows)], dtype=common.query_start_loc.dtype)
+        lengths = torch.tensor(plan.lengths, dtype=common.seq_lens.dtype)
+        tables = common.block_table_tensor[requests]
+        for row, index, block in plan.tables:
+            tables[row, index] = block
+        widened = replace(
+            common,
+            query_start_loc=bounds,
+            query_start_loc_cpu=bounds,
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=len(plan.rows),
+            max_query_len=int((bounds[1:] - bounds[:-1]).max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=tables,
+        )
+        builder = self.attn_groups[0][0].get_metadata_builder(0)
+        built = builder.build(0, widened)
+        values = {entry.name: getattr(built, entry.name) for entry in fields(built)}
+        tree = TreeAttentionMetadata(
+            **values,
+            extra_tokens=torch.tensor(plan.extra_tokens, dtype=torch.int64) if plan.extra_tokens else None,
+            extra_slots=torch.tensor(plan.extra_slots, dtype=torch.int64) if plan.extra_slots else None,
+        )
+        return dict.fromkeys(metadata, tree), common
+
+    # -- after it -----------------------------------------------------------------------------------------
+
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is None:
+            return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+        started = time.perf_counter()
+        sampling = self.input_batch.sampling_metadata
+        self.input_batch.update_async_output_token_ids()
+        tokens, probabilities = verification.top_candidates(logits)
+        self._tops = (tokens.numpy(), probabilities.numpy())
+        self._verified, output = verification.verify(logits, self._rows, sampling, self.sampler)
+        if self._plan is not None:
+            self._settle_branches()
+        self._verify_seconds = time.perf_counter() - started
+        return output
+
+    def _settle_branches(self: Any) -> None:
+        """Where a branch won, its blocks become the request's own."""
+        table = self.input_batch.block_table[0]
+        pairs: list[tuple[int, int]] = []
+        wins = 0
+        for request in {run.request for run in self._plan.runs}:
+            accepted = int((self._verified.rows[request] >= 0).sum()) - 1
+            if not accepted:
+                continue
+            node = int(self._verified.rows[request, accepted] - self._rows.starts[request]) - 1
+            back = copies_back(
+                self._plan, request, node, accepted, int(self.input_batch.num_computed_tokens_cpu[request]),
+                table.block_table.np[request], table.block_size,
+            )  # fmt: skip
+            wins += bool(back)
+            pairs += back
+        self.speculation_stats.add("branch_wins", wins)
+        if pairs:
+            sources, targets = (torch.tensor(column) for column in zip(*pairs, strict=True))
+            self._arena[:, targets] = self._arena[:, sources]
+
+    def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
+        return True  # each request's draft is cut to its own room
+
+    def propose_draft_token_ids(
+        self: Any, scheduler_output: Any, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        """Show the step to the drafter and ask it for the next drafts."""
+        started = time.perf_counter()
+        batch = self.input_batch
+        request_ids = batch.req_ids
+        lengths = np.array(batch.num_tokens_no_spec[: len(request_ids)], np.int32)  # the new tokens included
+        gained = np.array([len(tokens) for tokens in sampled_token_ids], np.int32)
+        speaking = np.flatnonzero(gained)
+        for row in speaking:
+            self._open(request_ids[row], batch.token_ids_cpu[row, : lengths[row] - gained[row]])
+        if len(speaking):
+            self.galley_drafter.observe(self._seen(speaking, gained, lengths))
+        asks: list[Ask] = []
+        trees = self._trees and len(speaking) <= TREE_REQUESTS
+        for row in speaking:
+            request_id = request_ids[row]
+            number = self._numbers[request_id]
+            self.galley_drafter.extend(
+                number, batch.token_ids_cpu[row, lengths[row] - gained[row] : lengths[row]]
+            )
+            self._text_lengths[request_id] = int(lengths[row])
+            asks.append(self._ask(request_id, number, int(lengths[row]), tree=trees))
+        self._time_step(len(speaking))
+        drafts: list[list[int]] = [[] for _ in request_ids]
+        room = len(self._scratch)
+        proposed = self.galley_drafter.propose(asks) if asks else []
+        for row, draft in zip(speaking, proposed, strict=True):
+            draft = draft.depth_first()
+            if not draft.is_chain:
+                computed = int(lengths[row]) - 1
+                needed = private_blocks(draft.parents, computed, batch.block_table[0].block_size)
+                if needed > room:
+                    draft = _first_run(draft)
+                else:
+                    room -= needed
+            self._drafts[request_ids[row]] = draft
+            drafts[row] = draft.tokens.tolist()
+        self._count(speaking, gained, started)
+        return drafts
+
+    def _open(self: Any, request_id: str, text: np.ndarray) -> None:
+        """Make the request known to the drafter; again where its text is not what the drafter has seen."""
+        number = self._numbers.get(request_id)
+        if number is not None:
+            if self._text_lengths[request_id] == len(text):
+                return
+            self.galley_drafter.end(number)
+        else:
+            number = self._numbers[request_id] = self._next_number
+            self._next_number += 1
+        params = self.requests[request_id].sampling_params
+        opening = Opening(
+            tokens=np.array(text, np.int32),
+            scope=scope_of(params.extra_args, number, self.speculation.scope),
+            greedy=params.temperature < 1e-5,
+        )
+        self.galley_drafter.begin(number, opening)
+        self._text_lengths[request_id] = len(text)
+
+    def _seen(self: Any, speaking: np.ndarray, gained: np.ndarray, lengths: np.ndarray) -> Seen:
+        rows = self._rows
+        contexts = verification.contexts_of(
+            self.input_batch.token_ids_cpu, lengths - gained, rows.starts, rows.tokens, rows.parents
+        )
+        accepted = np.full(len(rows.tokens), -1, np.int32)
+        taken = self._verified.rows >= 0
+        accepted[self._verified.rows[taken]] = self._verified.tokens[taken]
+        numbers = np.full(len(rows.tokens), -1, np.int32)
+        for row in speaking:
+            request_id = self.input_batch.req_ids[row]
+            numbers[rows.starts[row] : rows.starts[row + 1]] = self._numbers[request_id]
+        tokens, probabilities = self._tops
+        if len(speaking) == rows.requests:
+            return Seen(numbers, contexts, tokens, probabilities, accepted)
+        kept = numbers >= 0
+        return Seen(numbers[kept], contexts[kept], tokens[kept], probabilities[kept], accepted[kept])
+
+    def _ask(self: Any, request_id: str, number: int, length: int, *, tree: bool) -> Ask:
+        state = self.requests[request_id]
+        params = state.sampling_params
+        alone = standing_alone(
+            params, generated=len(state.output_token_ids), custom_processors=self._custom_processors
+        )
+        limit = 0 if alone else drafting_limit(params.extra_args, self.speculation.max_draft_tokens)
+        if params.max_tokens is not None:  # the last token needs no draft
+            limit = min(limit, params.max_tokens - len(state.output_token_ids) - 1)
+        limit = max(0, min(limit, self.max_model_len - length - 1))
+        # A grammar's masks are laid out for a chain.
+        return Ask(number, limit, tree and params.structured_outputs is None)
+
+    def _time_step(self: Any, requests: int) -> None:
+        """Tell the drafter what the step cost, the scheduler's part since the last one included."""
+        pause = self._step_started - self._step_ended
+        self._timed = self._decode_only and requests > 0 and 0 <= pause < _IDLE_SECONDS
+        if self._timed:
+            seconds = time.perf_counter() - self._step_ended
+            self.galley_drafter.timed(Timing(len(self._rows.tokens), requests, seconds))
+
+    def _count(self: Any, speaking: np.ndarray, gained: np.ndarray, started: float) -> None:
+        now = time.perf_counter()
+        stats: SpeculationStats = self.speculation_stats
+        if len(speaking):
+            stats.add("steps")
+            stats.add("tree_steps", self._plan is not None)
+            for row in speaking:
+                stats.drafted(int(self._rows.starts[row + 1] - self._rows.starts[row]) - 1)
+                stats.accepted(int(gained[row]) - 1)
+            if self._timed:
+                stats.add("step_seconds", now - self._step_ended)
+                stats.add("draft_seconds", now - started)
+                stats.add("verify_seconds", self._verify_seconds)
+        self._step_ended = now
+
+
+def _first_run(draft: Draft) -> Draft:
+    """The chain that a depth-first tree begins with."""
+    length = int(np.argmin(np.append(draft.parents == np.arange(-1, len(draft.parents) - 1), False)))
+    return Draft(draft.tokens[:length], draft.parents[:length])
+
+
+def _trees_possible(vllm_config: Any, wanted: str) -> bool:
+    if wanted == "off" or vllm_config.parallel_config.world_size > 1:
+        return False
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _register_tree_attention() -> None:
+    vllm_compat.check("speculation-tree")
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(
+        AttentionBackendEnum.CPU_ATTN, "galley_plugins.speculation.tree_attention.TreeAttentionBackend"
+    )
+
+
+@contextlib.contextmanager
+def _every_logits_processor() -> Iterator[None]:
+    """Build vLLM's logits processors as without speculation: requests that use them run without drafts."""
+    module: Any = importlib.import_module("vllm.v1.worker.gpu_model_runner")
+    original = module.build_logitsprocs
+
+    def build(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = copy.copy(vllm_config)
+        plain.speculative_config = None
+        return original(plain, *args, **kwargs)
+
+    module.build_logitsprocs = build
+    try:
+        yield
+    finally:
+        module.build_logitsprocs = original
+
+
+def _unsuited(kv_cache_config: Any) -> str | None:
+    """Why this model's cache cannot hold branches, if so."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return f"the model has {len(groups)} groups of attention layers, branches need one"
+    spec = groups[0].kv_cache_spec
+    if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+        return f"its attention is {type(spec).__name__}, branches need full attention"
+    for tensor in kv_cache_config.kv_cache_tensors:
+        if tensor.host_resident or tensor.block_stride >= tensor.layer_stride > 0:
+            return "its cache is laid out block by block"
+    return None
+
+
+def _with_more_blocks(kv_cache_config: Any, extra: int) -> Any:
+    """The same cache with `extra` more blocks at the end of every layer."""
+    before, after = kv_cache_config.num_blocks, kv_cache_config.num_blocks + extra
+    tensors = [
+        replace(
+            tensor,
+            size=tensor.size // before * after,
+            layer_stride=tensor.layer_stride // before * after,
+            offset=tensor.offset // before * after,
+        )
+        for tensor in kv_cache_config.kv_cache_tensors
+    ]
+    return replace(kv_cache_config, num_blocks=after, kv_cache_tensors=tensors)
+
+
+def _as_arena(caches: list[torch.Tensor]) -> torch.Tensor:
+    """All layers' caches as one [layers, blocks, values of a block] view of their common storage."""
+    first = caches[0]
+    size = first[0].numel()
+    width = first.element_size()
+    strides = {
+        (after.data_ptr() - before.data_ptr()) // width for before, after in itertools.pairwise(caches)
+    }
+    if len(strides) > 1 or not first.is_contiguous():
+        raise RuntimeError("the layers' caches do not lie evenly in one allocation")
+    stride = strides.pop() if strides else first.numel()
+    return torch.as_strided(first, (len(caches), first.shape[0], size), (stride, size, 1))

@@ -1,0 +1,85 @@
+"""What does a step cost? A curve of step time over tokens in the step, fitted while serving."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from galley_plugins.speculation.drafting import Timing
+
+_KNOTS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 512, 1024, 4096)
+_SLOPE = 0.03  # one more token costs 3 % of a step of one; holds until measured
+_UNUSUAL = 1.5  # a step that took much longer than predicted counts as one that took so much longer
+_PRIOR_VISITS = 4.0  # how many measured steps the first assumption is worth, at each knot
+_MOST_VISITS = 100.0
+_DRIFT = 0.1  # how fast the scale follows the machine
+
+
+class StepCost:
+    """A piecewise-linear curve, never falling, whose knots move with every measured step.
+
+    The speed of the whole machine drifts; one fast-moving scale takes that up, so that the curve's shape,
+    which decides how much to draft, stays.
+    """
+
+    def __init__(self) -> None:
+        self.knots = np.array(_KNOTS, np.float64)
+        self.shape = 1.0 + _SLOPE * self.knots
+        self.visits = np.zeros(len(_KNOTS))
+        self.scale = 0.0  # seconds of shape 1.0; 0 before the first timing
+
+    def add(self, timing: Timing) -> None:
+        if timing.seconds <= 0 or timing.tokens < 1:
+            return
+        predicted = float(np.interp(timing.tokens, self.knots, self.shape))
+        if self.scale == 0.0:
+            self.scale = timing.seconds / predicted
+            return
+        ratio = timing.seconds / (self.scale * predicted)
+        ratio = min(max(ratio, 1 / _UNUSUAL), _UNUSUAL)
+        self.scale *= ratio**_DRIFT
+        right = int(np.searchsorted(self.knots, timing.tokens))
+        right = min(max(right, 1), len(self.knots) - 1)
+        share = (timing.tokens - self.knots[right - 1]) / (self.knots[right] - self.knots[right - 1])
+        share = min(share, 1.0)
+        for knot, weight in ((right - 1, 1.0 - share), (right, share)):
+            if weight > 0:
+                self.visits[knot] = min(self.visits[knot] + weight, _MOST_VISITS)
+                self.shape[knot] *= ratio ** (weight / (self.visits[knot] + _PRIOR_VISITS))
+        self._mend()
+
+    def _mend(self) -> None:
+        """Keep the curve from falling, and carry it on where nothing was measured yet."""
+        for knot in range(1, len(self.knots)):
+            before = self.shape[knot - 1]
+            if self.visits[knot] < 1.0:
+                width = self.knots[knot] - self.knots[knot - 1]
+                self.shape[knot] = before + _SLOPE * self.shape[0] * width
+            elif self.shape[knot] < before:
+                self.shape[knot] = before
+
+    def __call__(self, tokens: Any) -> Any:
+        """Relative cost of steps of so many tokens, in an arbitrary unit."""
+        return np.interp(tokens, self.knots, self.shape)
+
+
+def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float = 1.02) -> int:
+    """How many draft tokens make the most tokens a second.
+
+    Args:
+        requests: requests in the next step; each brings one token in any case.
+        reach: float [candidates], falling probabilities that each is accepted.
+        margin: how much better than no draft it must be.
+
+    Returns:
+        how many of the first candidates to draft, 0 where none pays.
+    """
+    if requests < 1 or len(reach) == 0:
+        return 0
+    tokens = requests + np.arange(len(reach) + 1)
+    expected = requests + np.concatenate(([0.0], np.cumsum(reach, dtype=np.float64)))
+    speed = expected / cost(tokens)
+    best = int(np.argmax(speed))
+    return best if speed[best] > margin * speed[0] else 0

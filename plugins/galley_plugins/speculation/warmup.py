@@ -1,0 +1,47 @@
+"""Compile what drafting needs before the first request waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from galley_plugins.speculation import verification
+from galley_plugins.speculation.drafters import make_drafter
+from galley_plugins.speculation.drafting import CONTEXT, TOP, Ask, Opening, Seen, Timing
+from galley_plugins.speculation.options import MiB
+
+if TYPE_CHECKING:
+    from galley_plugins.speculation.options import SpeculationOptions
+
+
+def warm_up(options: SpeculationOptions, vocab_size: int) -> None:
+    """Take a throw-away drafter of the same kind through a few steps."""
+    drafter = make_drafter(replace(options, table_bytes=MiB, tables=None, corpus=None), vocab_size)
+    text = np.tile(np.arange(1, 6, dtype=np.int32), 8) % vocab_size
+    drafter.begin(0, Opening(text))
+    for tree in (True, False):
+        (draft,) = drafter.propose([Ask(0, options.max_draft_tokens, tree)])
+        draft = draft.depth_first()
+        rows = 1 + len(draft.tokens)
+        starts = np.array([0, rows], np.int32)
+        tokens = np.concatenate([text[-1:], draft.tokens]).astype(np.int32)
+        parents = np.concatenate([[-1], draft.parents + 1]).astype(np.int32)
+        contexts = verification.contexts_of(
+            text[None], np.array([len(text)], np.int32), starts, tokens, parents
+        )
+        assert contexts.shape == (rows, CONTEXT)
+        logits = torch.zeros(rows, vocab_size)
+        top_tokens, top_probs = verification.top_candidates(logits)
+        assert top_tokens.shape == (rows, TOP)
+        gained, taken = verification.walk(logits.argmax(-1).int().numpy(), starts, tokens, parents)
+        accepted = np.full(rows, -1, np.int32)
+        accepted[taken[taken >= 0]] = gained[gained >= 0]
+        drafter.observe(
+            Seen(np.zeros(rows, np.int32), contexts, top_tokens.numpy(), top_probs.numpy(), accepted)
+        )
+        drafter.extend(0, gained[0][gained[0] >= 0])
+        drafter.timed(Timing(rows, 1, 0.05))
+    drafter.end(0)
