@@ -6,6 +6,8 @@ before it serves: the engine core and every worker process must have reported th
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 PATH = "/galley/status"
+SAVE_SECONDS = 10.0  # shorter than a supervisor waits for a worker to end
+
+logger = logging.getLogger("vllm.galley.status")
 
 
 class PluginMissingError(RuntimeError):
@@ -65,8 +70,30 @@ class StatusEndpoint:
 
             if counters:
                 serve_metrics(Path(counters), speculation.method)
+            if speculation.tables is not None:
+                save_before_shutdown(engine_client)
             validate_requests(runs_alone=not vllm_config.use_v2_model_runner)
         progress.report("ready")
+
+
+def save_before_shutdown(engine_client: Any) -> None:
+    """Let the workers save what they learned when the server ends, while the engine still runs.
+
+    vLLM ends its engine from a thread while the event loop runs on, and workers may be killed without a word.
+    """
+    loop = asyncio.get_running_loop()
+    vllm_own = engine_client.shutdown
+
+    def shutdown(*args: Any, **kwargs: Any) -> Any:
+        engine_client.shutdown = vllm_own  # vLLM calls it again in the end
+        saving = asyncio.run_coroutine_threadsafe(engine_client.collective_rpc("galley_save"), loop)
+        try:
+            saving.result(SAVE_SECONDS)
+        except Exception as error:
+            logger.warning("what plugins have learned was not saved: %r", error)
+        return vllm_own(*args, **kwargs)
+
+    engine_client.shutdown = shutdown
 
 
 def check_processes(

@@ -4,7 +4,6 @@ import asyncio
 import os
 from argparse import Namespace
 from types import SimpleNamespace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx

@@ -19,11 +19,10 @@ class ReportingWorker:
         progress.report("warming up")
         return super().determine_available_memory()  # type: ignore[misc]
 
-    def shutdown(self: Any) -> None:
-        runner = getattr(self, "model_runner", None)
-        if runner is not None and hasattr(runner, "save_speculation"):
-            runner.save_speculation()
-        super().shutdown()  # type: ignore[misc]
+    def galley_save(self: Any) -> None:
+        """Keep what plugins have learned; asked for when the server ends."""
+        if hasattr(self.model_runner, "save_speculation"):
+            self.model_runner.save_speculation()
 
     def galley_report(self: Any) -> dict[str, Any]:
         runner = self.model_runner

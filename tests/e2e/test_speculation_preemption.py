@@ -1,0 +1,42 @@
+"""A KV cache too small for its requests preempts them in the midst of drafts; answers stay what they were."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from loadtest import reference
+from loadtest.servers import FLOAT32, galley_worker
+from tests.e2e.texts import long_text
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+# 30 layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block
+BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 32
+
+
+def test_preempted_drafts_leave_answers_unchanged() -> None:
+    options = {**FLOAT32, "max-model-len": 512, "kv-cache-memory-bytes": 26 * BLOCK_BYTES, "max-num-seqs": 8}
+    options |= {"max-num-batched-tokens": 128, "no-scheduler-reserve-full-isl": True}
+    prompts = [f"Tell me a story about {thing}." for thing in ("a whale", "a clock", "a bridge", "a farmer")]
+    fields = {"max_tokens": 200, "ignore_eos": True}
+    with galley_worker(options, "--speculation", json.dumps({"method": "hybrid"})) as server:
+        alone = [server.chat(prompt, vllm_xargs={"speculation": 0}, **fields) for prompt in prompts]
+        for width in (3, 4):  # with branches, and in a batch too large for them
+            before = server.metric("vllm:num_preemptions_total")
+            accepted = server.metric("galley_speculation_accepted_tokens_total")
+            with ThreadPoolExecutor(8) as pool:
+                chats = [pool.submit(server.chat, prompt, **fields) for prompt in prompts[-width:]]
+                chats += [pool.submit(server.chat, prompts[0], **fields) for _ in range(width - 2)]
+                vectors = [pool.submit(server.embed, long_text(30, seed=seed)) for seed in (1, 2)]
+                together = [chat.result() for chat in chats]
+                pooled = [vector.result()[0] for vector in vectors]
+            expected = [*alone[-width:], *[alone[0]] * (width - 2)]
+            for one, other in zip(expected, together, strict=True):
+                assert one["choices"][0]["message"]["content"] == other["choices"][0]["message"]["content"]
+            assert server.metric("vllm:num_preemptions_total") > before
+            assert server.metric("galley_speculation_accepted_tokens_total") > accepted
+            for seed, vector in zip((1, 2), pooled, strict=True):
+                assert reference.cosine(vector, reference.embed(long_text(30, seed=seed))) > 0.999
