@@ -165,3 +165,22 @@ def test_names_of_models_may_look_like_those_of_a_hub():
 def test_a_configuration_built_in_code_is_checked_as_well():
     with pytest.raises(ValidationError, match="'x' is used twice"):
         Config(models=(ModelConfig(name="x"), ModelConfig(name="x")))
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{method: magic}", "models.0.speculation.method"),
+        ("{max_draft_tokens: 0}", "models.0.speculation.max_draft_tokens"),
+        ("{tre: off}", "models.0.speculation.tre"),
+        ("{trigram: {depth: 1}}", "models.0.speculation.trigram.depth"),
+    ],
+)
+def test_wrong_options_of_speculation_are_named(file, text, key):
+    [problem] = problems(path=file(f"models: [{{name: m, speculation: {text}}}]"))
+    assert problem.startswith(f"{key}:")
+
+
+def test_a_model_that_only_embeds_cannot_speculate(file):
+    [problem] = problems(path=file("models: [{name: m, tasks: [embed], speculation: {}}]"))
+    assert "does not generate" in problem

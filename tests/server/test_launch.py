@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -64,3 +65,32 @@ def test_a_worker_inherits_the_environment_but_not_the_gateways_settings(monkeyp
     alone = worker_environment(model)
     assert "GALLEY_PARENT_PID" not in alone
     assert "GALLEY_STATUS_FILE" not in alone
+
+
+def test_speculation_reaches_the_worker_as_it_was_configured():
+    from galley_plugins.speculation.options import SpeculationOptions, TrigramOptions
+    from galley_plugins.worker.spec import parse
+
+    plain = ModelConfig(name="m")
+    assert "--speculation" not in worker_command(plain, "127.0.0.1", 4321)
+    assert parse(worker_command(plain, "127.0.0.1", 4321)[3:]).speculation is None
+    model = ModelConfig(
+        name="m",
+        speculation={
+            "method": "trigram",
+            "scope": "key",
+            "tables": "/var/tables",
+            "trigram": {"iterations": 10},
+        },
+    )
+    spec = parse(worker_command(model, "127.0.0.1", 4321)[3:])
+    assert spec.speculation == SpeculationOptions(
+        method="trigram", scope="key", tables="/var/tables", trigram=TrigramOptions(iterations=10)
+    )
+
+
+def test_gateway_and_worker_agree_on_the_defaults_of_speculation():
+    from galley.config import SpeculationConfig
+    from galley_plugins.speculation.options import SpeculationOptions
+
+    assert SpeculationConfig().model_dump() == dataclasses.asdict(SpeculationOptions())

@@ -64,6 +64,8 @@ class SpeculationV1:
         vllm_compat.check("speculation-v1")
         options = PluginOptions.from_vllm_config(vllm_config).speculation
         assert options is not None
+        if vllm_config.speculative_config.method != "custom_class" or not _on_cpu():
+            raise ValueError("speculation on vLLM's runner V1 works on a CPU; on CUDA it needs runner V2")
         self.speculation = options
         self._trees = _trees_possible(vllm_config, options.tree)
         if self._trees:
@@ -393,8 +395,11 @@ def _first_run(draft: Draft) -> Draft:
 
 
 def _trees_possible(vllm_config: Any, wanted: str) -> bool:
-    if wanted == "off" or vllm_config.parallel_config.world_size > 1:
-        return False
+    # Each rank of a tensor-parallel group would grow trees of its own.
+    return wanted != "off" and vllm_config.parallel_config.world_size == 1
+
+
+def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())

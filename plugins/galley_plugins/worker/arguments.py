@@ -78,14 +78,19 @@ def _speculation_options(spec: WorkerSpec, device: Device) -> dict[str, Any]:
     options = spec.speculation
     if options is None:
         return {}
-    config = {
+    metrics = {"per-request-spec-decode-metrics": "summary"}
+    if device == "cuda" or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        # Runner V2 takes no drafter by name; Galley's stands in for vLLM's own n-grams on the device.
+        v2 = {"method": "ngram_gpu", "num_speculative_tokens": options.max_draft_tokens}
+        return {"speculative-config": v2, **metrics}
+    v1 = {
         "method": "custom_class",
         "model": "galley_plugins.runners.speculation_v1.PassiveProposer",
         "num_speculative_tokens": options.max_draft_tokens,
     }
     # Branches of a tree start from a copy of the last block: small blocks are soon copied.
-    blocks = {"block-size": 32} if device == "cpu" and options.tree != "off" else {}
-    return {"speculative-config": config, "per-request-spec-decode-metrics": "summary", **blocks}
+    blocks = {} if options.tree == "off" else {"block-size": 32}
+    return {"speculative-config": v1, **metrics, **blocks}
 
 
 def _cpu_options() -> dict[str, Any]:

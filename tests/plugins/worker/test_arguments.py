@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from galley_plugins.options import PluginOptions
+from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.worker import arguments
 from galley_plugins.worker.arguments import GiB, server_arguments
 from galley_plugins.worker.spec import WorkerSpec
@@ -287,3 +289,31 @@ def test_an_engine_for_both_tasks_keeps_chunked_prefill_and_prefix_caching(
     assert config.cache_config.enable_prefix_caching
     assert config.model_config.is_matryoshka
     assert PluginOptions.from_vllm_config(config) == PluginOptions(embed=True, pooling=pooling)
+
+
+def speculating(tmp_path: Path, device: str, **options: Any) -> dict[str, Any]:
+    spec = WorkerSpec("x", ("m",), 1, speculation=SpeculationOptions(**options))
+    arguments = server_arguments(spec, tmp_path, device)  # type: ignore[arg-type]
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    found = {flag: arguments[arguments.index(flag) + 1] for flag in flags if flag != arguments[-1]}
+    found["config"] = json.loads(found["--speculative-config"])
+    return found
+
+
+def test_speculation_asks_each_runner_for_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    v1 = speculating(tmp_path, "cpu", max_draft_tokens=5)
+    assert v1["config"]["method"] == "custom_class"
+    assert v1["config"]["num_speculative_tokens"] == 5
+    assert v1["--block-size"] == "32"
+    assert "--block-size" not in speculating(tmp_path, "cpu", tree="off")
+    for_v2 = {"method": "ngram_gpu", "num_speculative_tokens": 16}
+    assert speculating(tmp_path, "cuda")["config"] == for_v2
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert speculating(tmp_path, "cpu")["config"] == for_v2
+
+
+def test_without_speculation_nothing_is_drafted(tmp_path: Path) -> None:
+    assert "--speculative-config" not in server_arguments(WorkerSpec("x", ("m",), 1), tmp_path, "cpu")
