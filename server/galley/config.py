@@ -98,6 +98,20 @@ class TrigramConfig(_Frozen):
     window: int = Field(16, ge=3, le=4096)
 
 
+class SwiftConfig(_Frozen):
+    """Constants of the `self` drafter."""
+
+    skip_ratio: float = Field(0.45, ge=0, le=1, description="share of the middle sub-layers that are skipped")
+    draft_tokens: int = Field(25, ge=1, le=96)
+    confidence: float = Field(0.8, ge=0, le=1, description="a draft ends below this probability")
+    context_window: int = Field(50, ge=1, le=4096)
+    bayes_interval: int = Field(25, ge=1)
+    enough: float = Field(0.93, ge=0, le=1)
+    patience: int = Field(300, ge=1)
+    iterations: int = Field(1000, ge=0)
+    seed: int = 0
+
+
 class SpeculationConfig(_Frozen):
     """Draft-verify speculation: the same output in fewer steps."""
 
@@ -109,6 +123,7 @@ class SpeculationConfig(_Frozen):
     tables: Path | None = Field(None, description="learned tables are loaded from here and saved here")
     corpus: Path | None = Field(None, description="a table made by `galley speculation build-table`")
     trigram: TrigramConfig = TrigramConfig()
+    swift: SwiftConfig = SwiftConfig()
 
 
 def _flag_name(value: Any) -> Any:

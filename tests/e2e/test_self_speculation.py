@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from galley_plugins.worker.environment import worker_environment
 from loadtest import reference
 from loadtest.servers import FLOAT32, NAME, Server, galley_worker, plain_vllm
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
@@ -15,7 +19,7 @@ from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 64}
 TOKENS = 64
@@ -46,6 +50,19 @@ def tokens_of(server: Server, prompt: str, **fields: Any) -> list[str]:
 def text_of(server: Server, prompt: str, **fields: Any) -> str:
     answer = server.chat(prompt, **{"max_tokens": TOKENS, "ignore_eos": True, **fields})
     return answer["choices"][0]["message"]["content"]
+
+
+def test_with_nothing_skipped_everything_is_accepted_and_the_cache_stays() -> None:
+    """First, before the engine of the other tests starts."""
+    environment = {**worker_environment("cpu", os.environ), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-m", "tests.support.self_drafting_whole"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["same"]
+    assert found["complaints"] == []
+    assert found["scores"] == [1.0]
+    assert found["drafted"] == found["accepted"] > 100
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,15 @@ def stats_path() -> Path:
     return Path(tempfile.gettempdir()) / f"galley-speculation-{os.getpid()}.stats"
 
 
+def _check_bounds(options: Any, section: str, *bounds: tuple[str, float, float | None]) -> None:
+    """Raises: ValueError naming an option outside its bounds."""
+    for name, least, most in bounds:
+        value = getattr(options, name)
+        if value < least or (most is not None and value > most):
+            expected = f"at least {least}" if most is None else f"{least} to {most}"
+            raise ValueError(f"speculation.{section}.{name}: found {value}, expected {expected}")
+
+
 @dataclass(frozen=True)
 class TrigramOptions:
     """ADED's search; the defaults are the authors' (arXiv 2407.12021 and their code).
@@ -47,7 +56,9 @@ class TrigramOptions:
     window: int = 16
 
     def __post_init__(self) -> None:
-        for name, least, most in (
+        _check_bounds(
+            self,
+            "trigram",
             ("iterations", 1, 100_000),
             ("depth", 2, 32),
             ("c1", 0, None),
@@ -57,11 +68,48 @@ class TrigramOptions:
             ("gain", 0, None),
             ("cap", 1e-6, None),
             ("window", 3, 4096),
-        ):
-            value = getattr(self, name)
-            if value < least or (most is not None and value > most):
-                bounds = f"at least {least}" if most is None else f"{least} to {most}"
-                raise ValueError(f"speculation.trigram.{name}: found {value}, expected {bounds}")
+        )
+
+
+@dataclass(frozen=True)
+class SwiftOptions:
+    """Constants of self-drafting; the defaults are the authors' (arXiv 2410.06916 and their eval_llama.sh).
+
+    Attributes:
+        skip_ratio: share of the middle layers' sub-layers that are skipped.
+        draft_tokens: the most tokens of a draft.
+        confidence: a draft ends after a token whose probability is below this.
+        context_window: generated tokens that a skip set is scored on.
+        bayes_interval: every so many proposals one comes from the surrogate, the others are random.
+        enough: the search ends once a set scores more than this,
+        patience: or after so many proposals in a row that were not better,
+        iterations: or after so many in all.
+        seed: of the proposals.
+    """
+
+    skip_ratio: float = 0.45
+    draft_tokens: int = 25
+    confidence: float = 0.8
+    context_window: int = 50
+    bayes_interval: int = 25
+    enough: float = 0.93
+    patience: int = 300
+    iterations: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_bounds(
+            self,
+            "swift",
+            ("skip_ratio", 0, 1),
+            ("draft_tokens", 1, MOST_DRAFT_TOKENS),
+            ("confidence", 0, 1),
+            ("context_window", 1, 4096),
+            ("bayes_interval", 1, None),
+            ("enough", 0, 1),
+            ("patience", 1, None),
+            ("iterations", 0, None),
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +126,7 @@ class SpeculationOptions:
         tables: file to load the learned tables from at start and to save them to at the end; None keeps none.
         corpus: a table built by `galley speculation build-table`, for `trigram`.
         trigram: constants of the `trigram` drafter.
+        swift: constants of the `self` drafter.
     """
 
     method: Method = "hybrid"
@@ -88,6 +137,7 @@ class SpeculationOptions:
     tables: str | None = None
     corpus: str | None = None
     trigram: TrigramOptions = field(default_factory=TrigramOptions)
+    swift: SwiftOptions = field(default_factory=SwiftOptions)
 
     def __post_init__(self) -> None:
         for name, kind in (("method", Method), ("tree", Tree), ("scope", Scope)):
@@ -118,8 +168,11 @@ class SpeculationOptions:
                 f"speculation: unknown option {', '.join(unknown)}, expected {', '.join(sorted(known))}"
             )
         values = dict(values)
-        trigram = values.pop("trigram", None) or {}
-        unknown = sorted(set(trigram) - {entry.name for entry in fields(TrigramOptions)})
-        if unknown:
-            raise ValueError(f"speculation.trigram: unknown option {', '.join(unknown)}")
-        return cls(**values, trigram=TrigramOptions(**trigram))
+        sections: dict[str, Any] = {}
+        for name, kind in (("trigram", TrigramOptions), ("swift", SwiftOptions)):
+            section = values.pop(name, None) or {}
+            unknown = sorted(set(section) - {entry.name for entry in fields(kind)})
+            if unknown:
+                raise ValueError(f"speculation.{name}: unknown option {', '.join(unknown)}")
+            sections[name] = kind(**section)
+        return cls(**values, **sections)
