@@ -67,7 +67,8 @@ class PromptPooler:
         """Take the next chunk of a prompt.
 
         Args:
-            hidden_states: [tokens, hidden], the chunk's rows, any floating dtype.
+            hidden_states: [tokens, hidden], the chunk's rows, any floating dtype; rows past the prompt
+                (padding) are ignored.
             start: position of the chunk's first token in the prompt.
 
         Returns:
@@ -77,6 +78,7 @@ class PromptPooler:
             ValueError: mean pooling lacks rows before `start` (they were read from a cache, not computed).
         """
         prompt = self._prompts[request_id]
+        hidden_states = hidden_states[: prompt.length - start]
         end = start + hidden_states.shape[0]
         if self.pooling == "mean":
             self._accumulate(request_id, prompt, hidden_states, start)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -209,3 +210,15 @@ def test_an_empty_prompt_is_refused(length: int) -> None:
         ValueError, match=f"request a: found a prompt of {length} tokens, expected at least 1"
     ):
         PromptPooler("mean").add("a", length)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_rows_past_the_prompt_are_padding(pooling: Literal["mean", "last"]) -> None:
+    rows = torch.randn(5, HIDDEN)
+    pooler = PromptPooler(pooling)
+    pooler.add("a", 3)
+    assert pooler.pool("a", rows[:2], 0) is None
+    expected = mean_of(rows[:3]) if pooling == "mean" else mean_of(rows[2:3])
+    vector = pooler.pool("a", rows[2:], 2)
+    assert vector is not None
+    np.testing.assert_allclose(vector.numpy(), expected, atol=1e-6)
