@@ -119,10 +119,10 @@ class CheckedFolder:
             manifest = {"origin": self.origin, "files": files}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             temporary.rename(self.path)
-            _sync(self.path.parent)
+            sync(self.path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -192,7 +192,7 @@ def _record(path: Path, expected: Any = None) -> dict[str, Any]:
     return {"size": size, "sha256": sha256_of(path)}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file or a folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -20,9 +20,9 @@ class Run:
 
     Attributes:
         request: row of the request in the batch.
-        blocks: private blocks, in the order of positions.
+        start, stop: its nodes, by depth-first order.
         first_block: index in the request's block table that `blocks[0]` stands in for.
-        nodes: index of the first node after the last one, by depth-first order; `start` is the first.
+        blocks: private blocks, in the order of positions.
     """
 
     request: int

@@ -1,7 +1,7 @@
 """What every drafter speaks: drafts, what a step showed, and the protocol.
 
-A drafter knows requests by small integers, tokens by id, and nothing of vLLM. Its adapters (`runner_v1`,
-`runner_v2`) call it once a step.
+A drafter knows requests by small integers, tokens by id, and nothing of vLLM. Its adapter
+(`runners.speculation_v1`) calls it once a step; runner V2 drafts on the device instead (`device`).
 """
 
 from __future__ import annotations

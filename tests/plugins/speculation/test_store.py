@@ -139,7 +139,7 @@ def test_a_missing_file_is_no_damaged_one(tmp_path: Path) -> None:
         load_tables(tmp_path / "nothing", "thing", "abc")
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync", "replace"])
+@pytest.mark.parametrize("step", ["save_file", "sync", "replace"])
 def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     before = path.read_bytes()
 
