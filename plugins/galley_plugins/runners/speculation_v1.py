@@ -28,6 +28,7 @@ from galley_plugins.speculation.drafting import Ask, Draft, Opening, Seen, Timin
 from galley_plugins.speculation.lifecycle import DrafterFiles
 from galley_plugins.speculation.requests import drafting_limit, scope_of, standing_alone
 from galley_plugins.speculation.stats import SpeculationStats
+from galley_plugins.speculation.top_candidates import top_candidates
 from galley_plugins.speculation.verification import StepRows, Verified
 from galley_plugins.speculation.warmup import warm_up
 
@@ -240,9 +241,9 @@ class SpeculationV1:
         started = time.perf_counter()
         sampling = self.input_batch.sampling_metadata
         self.input_batch.update_async_output_token_ids()
-        tokens, probabilities = verification.top_candidates(logits)
-        self._tops = (tokens.numpy(), probabilities.numpy())
-        self._verified, output = verification.verify(logits, self._rows, sampling, self.sampler)
+        self._tops = top_candidates(logits)
+        best = np.ascontiguousarray(self._tops[0][:, 0])
+        self._verified, output = verification.verify(logits, best, self._rows, sampling, self.sampler)
         if self._plan is not None:
             self._settle_branches()
         self._verify_seconds = time.perf_counter() - started
@@ -378,9 +379,8 @@ class SpeculationV1:
         if len(speaking):
             stats.add("steps")
             stats.add("tree_steps", self._plan is not None)
-            for row in speaking:
-                stats.drafted(int(self._rows.starts[row + 1] - self._rows.starts[row]) - 1)
-                stats.accepted(int(gained[row]) - 1)
+            nodes = np.diff(self._rows.starts) - 1
+            stats.verified(nodes[speaking], gained[speaking] - 1)
             if self._timed:
                 stats.add("step_seconds", now - self._step_ended)
                 stats.add("draft_seconds", now - started)

@@ -45,7 +45,7 @@ class Draft(NamedTuple):
 
     @property
     def is_chain(self) -> bool:
-        return bool((self.parents == np.arange(-1, len(self.parents) - 1)).all())
+        return len(self.parents) < 2 or bool((self.parents == np.arange(-1, len(self.parents) - 1)).all())
 
     def depth_first(self) -> Draft:
         """The same tree with every node's first child right after it; runners verify in this order."""

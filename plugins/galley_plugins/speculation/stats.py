@@ -18,6 +18,8 @@ from galley_plugins.speculation.options import STATS_VARIABLE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
 POSITIONS = 16  # accepted tokens are counted by place in the draft, the last place and beyond together
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # upper bounds of the histogram of draft lengths
 
@@ -61,19 +63,25 @@ class SpeculationStats:
     def add(self, name: str, amount: float = 1.0) -> None:
         self.values[_PLACES[name]] += amount
 
-    def drafted(self, nodes: int) -> None:
-        """One request's draft was verified (0 nodes: it had none)."""
-        place = int(np.searchsorted(LENGTHS, nodes))
-        self.values[_LENGTH_START + place] += 1
-        self.values[_LENGTH_SUM] += nodes
-        self.values[_PLACES["draft_tokens"]] += nodes
-        self.values[_PLACES["request_steps"]] += 1
+    def verified(self, nodes: NDArray[np.int32], accepted: NDArray[np.int32]) -> None:
+        """A step verified one draft for each request.
 
-    def accepted(self, tokens: int) -> None:
-        """Of one request's draft so many tokens were accepted."""
-        self.values[_PLACES["accepted_tokens"]] += tokens
-        for position in range(tokens):
-            self.values[_POSITION_START + min(position, POSITIONS - 1)] += 1
+        Args:
+            nodes: int32 [requests], of each draft; 0 where there was none.
+            accepted: int32 [requests], tokens accepted of it.
+        """
+        places = np.searchsorted(LENGTHS, nodes)
+        lengths = np.bincount(places, minlength=len(LENGTHS) + 1)
+        self.values[_LENGTH_START:_LENGTH_SUM] += lengths
+        drafted, taken = int(nodes.sum()), int(accepted.sum())
+        self.values[_LENGTH_SUM] += drafted
+        self.add("draft_tokens", drafted)
+        self.add("request_steps", len(nodes))
+        self.add("accepted_tokens", taken)
+        if taken:
+            longest = np.arange(int(accepted.max()))
+            reached = (accepted[:, None] > longest).sum(0)
+            np.add.at(self.values, _POSITION_START + np.minimum(longest, POSITIONS - 1), reached)
 
 
 class SpeculationCollector:

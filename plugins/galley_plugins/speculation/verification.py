@@ -24,14 +24,12 @@ from vllm.v1.sample.logits_processor.builtin import (
     MinTokensLogitsProcessor,
 )
 
-from galley_plugins.speculation.drafting import CONTEXT, TOP
+from galley_plugins.speculation.drafting import CONTEXT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.sample.sampler import Sampler
-
-_BLOCK = 64  # logits are searched in blocks of so many
 
 
 @dataclass(slots=True)
@@ -138,40 +136,18 @@ def contexts_of(
     return contexts
 
 
-def top_candidates(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most probable tokens of each row and about how probable they are.
-
-    The exact top 8 lie in the 8 blocks with the largest maxima; the softmax is taken over these blocks alone,
-    which leaves out the mass of everything far from the top.
-
-    Args:
-        logits: [rows, vocabulary], any float dtype.
-
-    Returns:
-        tokens: int32 [rows, 8], best first; probabilities: float32 [rows, 8].
-    """
-    rows, vocabulary = logits.shape
-    if vocabulary % _BLOCK or vocabulary < _BLOCK * TOP:
-        values, tokens = logits.float().softmax(-1).topk(min(TOP, vocabulary), dim=-1)
-        if vocabulary < TOP:
-            values = torch.nn.functional.pad(values, (0, TOP - vocabulary))
-            tokens = torch.nn.functional.pad(tokens, (0, TOP - vocabulary), value=-1)
-        return tokens.int(), values
-    blocks = logits.view(rows, vocabulary // _BLOCK, _BLOCK)
-    best = blocks.amax(-1).topk(TOP, dim=-1).indices  # [rows, 8]
-    near = blocks.gather(1, best.unsqueeze(-1).expand(-1, -1, _BLOCK)).float()
-    probabilities, places = near.view(rows, TOP * _BLOCK).softmax(-1).topk(TOP, dim=-1)
-    tokens = best.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
-    return tokens.int(), probabilities
-
-
 def verify(
-    logits: torch.Tensor, rows: StepRows, metadata: SamplingMetadata, sampler: Sampler
+    logits: torch.Tensor,
+    best: NDArray[np.int32],
+    rows: StepRows,
+    metadata: SamplingMetadata,
+    sampler: Sampler,
 ) -> tuple[Verified, SamplerOutput]:
     """Sample every request's next tokens.
 
     Args:
         logits: [rows, vocabulary]; left as they are.
+        best: int32 [rows], the token of each row's largest logit.
         metadata: of the batch, one entry a request.
 
     Returns:
@@ -179,8 +155,7 @@ def verify(
         with -1, and log-probabilities [requests * longest, ...] where a request asked for them.
     """
     if _plain_greedy(metadata):
-        sampled = sampler.greedy_sample(logits).to(torch.int32)
-        tokens, from_rows = walk(sampled.numpy(), rows.starts, rows.tokens, rows.parents)
+        tokens, from_rows = walk(best, rows.starts, rows.tokens, rows.parents)
         output = SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
         return Verified(tokens, from_rows), output
     return _step_by_step(logits, rows, metadata, sampler)

@@ -12,6 +12,7 @@ from galley_plugins.speculation import verification
 from galley_plugins.speculation.drafters import make_drafter
 from galley_plugins.speculation.drafting import CONTEXT, TOP, Ask, Opening, Seen, Timing
 from galley_plugins.speculation.options import MiB
+from galley_plugins.speculation.top_candidates import top_candidates
 
 if TYPE_CHECKING:
     from galley_plugins.speculation.options import SpeculationOptions
@@ -33,15 +34,14 @@ def warm_up(options: SpeculationOptions, vocab_size: int) -> None:
             text[None], np.array([len(text)], np.int32), starts, tokens, parents
         )
         assert contexts.shape == (rows, CONTEXT)
-        logits = torch.zeros(rows, vocab_size)
-        top_tokens, top_probs = verification.top_candidates(logits)
+        for dtype in (torch.bfloat16, torch.float32):
+            top_tokens, top_probs = top_candidates(torch.zeros(rows, vocab_size, dtype=dtype))
         assert top_tokens.shape == (rows, TOP)
-        gained, taken = verification.walk(logits.argmax(-1).int().numpy(), starts, tokens, parents)
+        best = np.ascontiguousarray(top_tokens[:, 0])
+        gained, taken = verification.walk(best, starts, tokens, parents)
         accepted = np.full(rows, -1, np.int32)
         accepted[taken[taken >= 0]] = gained[gained >= 0]
-        drafter.observe(
-            Seen(np.zeros(rows, np.int32), contexts, top_tokens.numpy(), top_probs.numpy(), accepted)
-        )
+        drafter.observe(Seen(np.zeros(rows, np.int32), contexts, top_tokens, top_probs, accepted))
         drafter.extend(0, gained[0][gained[0] >= 0])
         drafter.timed(Timing(rows, 1, 0.05))
     drafter.end(0)
