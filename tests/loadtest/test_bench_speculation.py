@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest import bench_speculation as bench
-from loadtest.bench_speculation import Answer, Bench, Cell, Prompt, Wave, Work
+from loadtest import specbench, speculation_cells, speculation_figures, speculation_servers
+from loadtest.bench_speculation import Bench
+from loadtest.specbench import Prompt
+from loadtest.speculation_cells import Answer, Cell, Wave, Work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,26 +62,26 @@ def test_the_data_is_the_given_file_or_lies_below_galley_data(tmp_path: Path) ->
     below.parent.mkdir()
     for path in (given, below):
         path.touch()
-    assert bench.data_path(given, {"GALLEY_DATA": str(tmp_path)}) == given
-    assert bench.data_path(None, {"GALLEY_DATA": str(tmp_path)}) == below
+    assert specbench.data_path(given, {"GALLEY_DATA": str(tmp_path)}) == given
+    assert specbench.data_path(None, {"GALLEY_DATA": str(tmp_path)}) == below
 
 
 def test_absent_data_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="--data, or its folder with GALLEY_DATA"):
-        bench.data_path(None, {})
+        specbench.data_path(None, {})
     with pytest.raises(FileNotFoundError, match=r"/nowhere/spec/specbench\.jsonl is not there"):
-        bench.data_path(None, {"GALLEY_DATA": "/nowhere"})
+        specbench.data_path(None, {"GALLEY_DATA": "/nowhere"})
 
 
 def test_prompts_are_first_turns_by_task() -> None:
-    prompts = bench.load_prompts(lines())
+    prompts = specbench.load_prompts(lines())
     assert list(prompts) == ["mt_bench", *OTHERS]
     assert [prompt.text for prompt in prompts["qa"]] == ["qa 0", "qa 1", "qa 2"]
     assert len(prompts["mt_bench"]) == 24
 
 
 def test_a_stretch_of_mt_bench_spans_its_categories() -> None:
-    prompts = bench.load_prompts(lines())["mt_bench"]
+    prompts = specbench.load_prompts(lines())["mt_bench"]
     assert [prompt.category for prompt in prompts[:8]] == list(MT_BENCH)
     assert [prompt.text for prompt in prompts[8:10]] == ["writing 1", "roleplay 1"]
 
@@ -88,40 +91,40 @@ def test_a_stretch_of_mt_bench_spans_its_categories() -> None:
 )
 def test_a_line_that_is_no_question_is_named(line: str) -> None:
     with pytest.raises(ValueError, match="line 2 is no question of Spec-Bench"):
-        bench.load_prompts([lines()[0], line])
+        specbench.load_prompts([lines()[0], line])
 
 
 def test_a_task_without_questions_is_named() -> None:
     with pytest.raises(ValueError, match="no question for mt_bench, rag"):
-        bench.load_prompts([line for line in lines() if json.loads(line)["category"] in OTHERS[:-1]])
+        specbench.load_prompts([line for line in lines() if json.loads(line)["category"] in OTHERS[:-1]])
 
 
 def test_a_stretch_is_taken_from_each_task() -> None:
-    chosen = bench.stretch(bench.load_prompts(lines(4)), 1, 2)
+    chosen = specbench.stretch(specbench.load_prompts(lines(4)), 1, 2)
     assert [prompt.text for prompt in chosen["rag"]] == ["rag 1", "rag 2"]
     assert {len(every) for every in chosen.values()} == {2}
 
 
 def test_too_few_prompts_are_an_error() -> None:
     with pytest.raises(ValueError, match="translation has 3 prompts, this needs 4"):
-        bench.stretch(bench.load_prompts(lines(3)), 2, 2)
+        specbench.stretch(specbench.load_prompts(lines(3)), 2, 2)
 
 
 def test_a_wave_is_no_smaller_than_its_batch() -> None:
-    measured = Bench(bench.load_prompts(lines(8)), 3, 16)
+    measured = Bench(specbench.load_prompts(lines(8)), 3, 16)
     assert {len(wave) for wave in measured.of_batch(1).values()} == {3}
     assert {len(wave) for wave in measured.of_batch(5).values()} == {5}
 
 
 def test_what_warms_is_not_measured() -> None:
-    measured = Bench(bench.load_prompts(lines(8)), 3, 16)
+    measured = Bench(specbench.load_prompts(lines(8)), 3, 16)
     for batch in (1, 4):
         chosen, others = measured.of_batch(batch), measured.of_batch(batch, others=True)
         assert all(not set(chosen[task]) & set(others[task]) for task in chosen)
 
 
 def test_one_process_sees_no_prompt_twice() -> None:
-    alone, eight, sixteen = Bench(bench.load_prompts(lines(8)), 1, 16).mixed([1, 8, 16])
+    alone, eight, sixteen = Bench(specbench.load_prompts(lines(8)), 1, 16).mixed([1, 8, 16])
     assert {len(wave) for wave in alone.values()} == {1}
     assert (len(eight[bench.MIXED]), len(sixteen[bench.MIXED])) == (12, 18)
     seen = [prompt for waves in (alone, eight, sixteen) for wave in waves.values() for prompt in wave]
@@ -129,7 +132,7 @@ def test_one_process_sees_no_prompt_twice() -> None:
 
 
 def test_counters_are_summed_over_labels_but_positions() -> None:
-    assert bench.counters_of(PAGE) == {
+    assert speculation_cells.counters_of(PAGE) == {
         "vllm:spec_decode_num_drafts_total": 3.0,
         "vllm:spec_decode_num_accepted_tokens_total": 7.0,
         "vllm:spec_decode_num_accepted_tokens_per_pos_total[0]": 3.0,
@@ -142,59 +145,62 @@ def test_counters_are_summed_over_labels_but_positions() -> None:
 
 
 def test_growth_takes_a_new_counter_from_zero() -> None:
-    assert bench.growth({"a": 1.0}, {"a": 3.0, "b": 2.0}) == {"a": 2.0, "b": 2.0}
+    assert speculation_cells.growth({"a": 1.0}, {"a": 3.0, "b": 2.0}) == {"a": 2.0, "b": 2.0}
 
 
 def test_the_block_size_is_the_engines() -> None:
-    assert bench.block_size_of(PAGE) == 32
-    assert bench.block_size_of("") is None
+    assert speculation_cells.block_size_of(PAGE) == 32
+    assert speculation_cells.block_size_of("") is None
 
 
 def test_totals_pool_waves() -> None:
     counters = {
-        bench.LATER_STEPS: 9.0,
-        bench.DRAFTS: 8.0,
-        bench.ACCEPTED: 12.0,
-        bench.DRAFT_SECONDS: 0.1,
-        bench.STEP_SECONDS: 2.0,
+        speculation_cells.LATER_STEPS: 9.0,
+        speculation_figures.DRAFTS: 8.0,
+        speculation_figures.ACCEPTED: 12.0,
+        speculation_figures.DRAFT_SECONDS: 0.1,
+        speculation_figures.STEP_SECONDS: 2.0,
     }
-    totals = bench.Totals.of([wave(1.0, 25, counters), wave(3.0, 15, counters)])
+    totals = speculation_figures.Totals.of([wave(1.0, 25, counters), wave(3.0, 15, counters)])
     assert totals.tokens_per_step == 40 / 20
     assert totals.mean_accepted_length == 1 + 24 / 16
     assert totals.draft_share == pytest.approx(0.05)
 
 
 def test_totals_of_nothing_say_nothing() -> None:
-    totals = bench.Totals()
+    totals = speculation_figures.Totals()
     assert (totals.tokens_per_step, totals.mean_accepted_length, totals.draft_share) == (None, None, None)
 
 
 def test_a_speedup_is_the_mean_over_tasks_of_ratios_of_medians() -> None:
     cells = [cell("none", 1, {"qa": 10, "rag": 10}, repeat) for repeat in range(3)]
     cells += [cell("hybrid", 1, {"qa": qa, "rag": 10}, repeat) for repeat, qa in enumerate((20, 30, 500))]
-    rates = bench.rates_of(cells)
-    assert bench.ratios(rates, "hybrid", "none", 1) == {"qa": 3.0, "rag": 1.0}
-    assert bench.speedup(rates, "hybrid", "none", 1) == 2.0
-    assert bench.speedup(rates, "hybrid", "none", 8) is None
+    rates = speculation_figures.rates_of(cells)
+    assert speculation_figures.ratios(rates, "hybrid", "none", 1) == {"qa": 3.0, "rag": 1.0}
+    assert speculation_figures.speedup(rates, "hybrid", "none", 1) == 2.0
+    assert speculation_figures.speedup(rates, "hybrid", "none", 8) is None
 
 
 def test_the_best_peer_is_chosen_by_batch_size() -> None:
     cells = [cell("none", batch, {"qa": 10, "rag": 10}) for batch in (1, 8)]
     cells += [cell("ngram", batch, {"qa": 12, "rag": 12}) for batch in (1, 8)]
     cells += [cell("suffix", 1, {"qa": 10, "rag": 20}), cell("suffix", 8, {"qa": 9, "rag": 9})]
-    rates = bench.rates_of(cells)
-    assert (bench.best_peer(rates, 1), bench.best_peer(rates, 8)) == ("suffix", "ngram")
-    assert bench.best_peer(rates, 4) is None
+    rates = speculation_figures.rates_of(cells)
+    assert (speculation_figures.best_peer(rates, 1), speculation_figures.best_peer(rates, 8)) == (
+        "suffix",
+        "ngram",
+    )
+    assert speculation_figures.best_peer(rates, 4) is None
 
 
 def test_texts_that_the_base_never_gave_are_counted() -> None:
     cells = [cell("none", 1, {"qa": 10}, repeat, text) for repeat, text in enumerate(("a", "b"))]
     cells += [cell("suffix", 1, {"qa": 10}, text="b"), cell("hybrid", 8, {"qa": 10}, text="c")]
-    assert bench.different_texts(cells) == {"suffix": 0, "hybrid": 1}
-    assert bench.varying_prompts(cells) == 1
-    figures = bench.figures_of(cells)
+    assert speculation_figures.different_texts(cells) == {"suffix": 0, "hybrid": 1}
+    assert speculation_figures.varying_prompts(cells) == 1
+    figures = speculation_figures.figures_of(cells)
     assert figures["identical"] is False
-    assert bench.figures_of(cells[:-1])["identical"] is True
+    assert speculation_figures.figures_of(cells[:-1])["identical"] is True
 
 
 def measured_cells() -> list[Cell]:
@@ -206,14 +212,18 @@ def measured_cells() -> list[Cell]:
             cell("suffix", batch, {"qa": 100, "rag": 150}),
             cell("hybrid-warm", batch, {"qa": 300, "rag": 300}),
         ]
-        counters = {bench.LATER_STEPS: 49.0, bench.DRAFT_SECONDS: 0.01, bench.STEP_SECONDS: 1.0}
+        counters = {
+            speculation_cells.LATER_STEPS: 49.0,
+            speculation_figures.DRAFT_SECONDS: 0.01,
+            speculation_figures.STEP_SECONDS: 1.0,
+        }
         waves = {"qa": wave(1.0, int(100 * gain), counters), "rag": wave(1.0, 150, counters)}
         cells.append(Cell("hybrid", batch, 0, waves))
     return cells
 
 
 def test_figures_are_those_of_hybrid() -> None:
-    figures = bench.figures_of(measured_cells())
+    figures = speculation_figures.figures_of(measured_cells())
     expected: dict[str, Any] = {
         "identical": True,
         "tokens_per_step_b1": 3.5,
@@ -234,13 +244,13 @@ def test_figures_are_those_of_hybrid() -> None:
 
 
 def test_figures_of_other_methods_leave_hybrids_open() -> None:
-    figures = bench.figures_of([cell("none", 4, {"qa": 10}), cell("trigram", 4, {"qa": 20})])
+    figures = speculation_figures.figures_of([cell("none", 4, {"qa": 10}), cell("trigram", 4, {"qa": 20})])
     assert figures["speedup_by_method"] == {"trigram": {"4": 2.0}}
     assert figures["worst_speedup"] is figures["tokens_per_step_b1"] is figures["over_best_peer_b4"] is None
 
 
 def test_the_table_has_a_row_for_each_method() -> None:
-    first, second = bench.markdown(measured_cells()).split("\n\n")
+    first, second = speculation_figures.markdown(measured_cells()).split("\n\n")
     rows = [line.split("|")[1].strip() for line in first.splitlines()]
     assert rows == ["method", "---", "none", "ngram", "suffix", "hybrid", "hybrid-warm"]
     assert "| hybrid | 2.00 | 1.50 |" in second
@@ -289,7 +299,7 @@ def test_the_time_left_follows_the_batch_size() -> None:
 def test_options_have_a_long_and_a_quick_form() -> None:
     long, quick = bench.read_options([]), bench.read_options(["--quick"])
     assert (long.prompts, long.repeats, long.max_tokens) == (6, 3, 128)
-    assert long.methods == list(bench.METHODS)
+    assert long.methods == list(speculation_servers.METHODS)
     assert long.batches == [1, 4, 8, 16]
     assert quick.methods == ["none", "suffix", "ngram", "hybrid"]
     assert (quick.prompts, quick.repeats, quick.batches) == (1, 1, [1, 8])
@@ -322,7 +332,7 @@ def test_options_that_cannot_be_are_refused(
 
 
 def test_too_few_prompts_are_found_before_the_first_server() -> None:
-    prompts = bench.load_prompts(lines(4))
+    prompts = specbench.load_prompts(lines(4))
     plenty = Bench(prompts, 2, 16)
     plenty.check(bench.read_options(["--batches", "4", "--methods", "hybrid"]))
     with pytest.raises(ValueError, match="has 4 prompts, this needs 8"):
@@ -330,12 +340,12 @@ def test_too_few_prompts_are_found_before_the_first_server() -> None:
 
 
 def test_a_method_says_what_its_server_is_told() -> None:
-    assert bench.speculation_of("none") is None
-    assert bench.speculation_of("ngram") == bench.PEERS["ngram"]
-    assert bench.speculation_of("hybrid-warm") == {"method": "hybrid"}
-    assert bench.speculation_of("none-warm") is None
+    assert speculation_servers.speculation_of("none") is None
+    assert speculation_servers.speculation_of("ngram") == speculation_servers.PEERS["ngram"]
+    assert speculation_servers.speculation_of("hybrid-warm") == {"method": "hybrid"}
+    assert speculation_servers.speculation_of("none-warm") is None
 
 
 def test_prompts_of_all_tasks_take_turns() -> None:
     groups = [[Prompt(1, "qa", "a"), Prompt(2, "qa", "b")], [Prompt(3, "rag", "c")]]
-    assert [prompt.question for prompt in bench.in_turn(groups)] == [1, 3, 2]
+    assert [prompt.question for prompt in specbench.in_turn(groups)] == [1, 3, 2]

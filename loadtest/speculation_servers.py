@@ -1,0 +1,66 @@
+"""The servers that speculation is measured on: Galley's methods, vLLM's own, and vLLM without any."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from loadtest.servers import Server, galley_worker, plain_vllm
+from loadtest.suffix_peer import suffix_peer_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What Galley and vLLM choose differently is set for both; 2048 is vLLM's own number for a CPU.
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max-model-len": 4096,
+    "max-num-seqs": 16,
+    "max-num-batched-tokens": 2048,
+    "kv-cache-memory-bytes": 1024**3,
+}
+PEERS: dict[str, dict[str, Any]] = {
+    "ngram": {
+        "method": "ngram",
+        "num_speculative_tokens": 8,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 4,
+    },
+    "suffix": {"method": "suffix", "num_speculative_tokens": 8},
+}
+BASE, OURS, WARM = "none", "hybrid", "-warm"
+GALLEY = ("trigram", "recycling", "prompt-lookup", OURS, "self")
+METHODS = (BASE, *PEERS, *GALLEY[:4], OURS + WARM)  # what a benchmark measures unless told otherwise
+
+ANSWER_SECONDS = 600.0
+
+
+def speculation_of(method: str) -> dict[str, Any] | None:
+    """What a method's server is told: vLLM's `speculative-config`, or Galley's `speculation`."""
+    kind = method.removesuffix(WARM)
+    return PEERS.get(kind) or ({"method": kind} if kind in GALLEY else None)
+
+
+@contextlib.contextmanager
+def serving(method: str) -> Iterator[tuple[Server, float]]:
+    """The method's server, and the seconds until it was ready."""
+    kind = method.removesuffix(WARM)
+    environment = {}
+    if kind == "suffix":
+        others = os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(suffix_peer_path()), *([others] if others else [])])
+    start = time.monotonic()
+    if kind in GALLEY:
+        flags = ("--compile", "off", "--speculation", json.dumps(speculation_of(kind)))
+        scope = galley_worker(SETTINGS, *flags)
+    else:
+        config = speculation_of(kind)
+        scope = plain_vllm({**SETTINGS, **({"speculative-config": config} if config else {})}, environment)
+    with scope as server:
+        server.client.timeout = ANSWER_SECONDS
+        yield server, time.monotonic() - start

@@ -1,0 +1,68 @@
+"""Every drafter of runner V1 leaves the answers as they are; `hybrid` in float32 has a module of its own."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from loadtest.servers import FLOAT32, Server, galley_worker, plain_vllm
+from tests.e2e.spec_prompts import spec_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 256}
+TOKENS = 48
+MANY, FEW = 24, 8  # prompts at batch 8 and at batch 1
+STOP = {"stop": ["\n\n", "tea"]}
+DRAFTED, ACCEPTED = "galley_speculation_draft_tokens_total", "galley_speculation_accepted_tokens_total"
+
+
+def texts(server: Server, prompts: list[str], width: int, **fields: Any) -> list[str]:
+    def ask(prompt: str) -> str:
+        return server.chat(prompt, max_tokens=TOKENS, **fields)["choices"][0]["message"]["content"]
+
+    with ThreadPoolExecutor(width) as pool:
+        return list(pool.map(ask, prompts))
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, list[str]]:
+    """Answers of vLLM itself, without plugins."""
+    with plain_vllm(OPTIONS) as server:
+        prompts = spec_prompts(60)
+        return {"greedy": texts(server, prompts[:MANY], 8), "stop": texts(server, prompts[:FEW], 8, **STOP)}
+
+
+@pytest.fixture(scope="module", params=["trigram", "recycling", "prompt-lookup"])
+def engine(request: pytest.FixtureRequest, plain: dict[str, list[str]]) -> Iterator[Server]:
+    with galley_worker(OPTIONS, "--speculation", json.dumps({"method": request.param})) as server:
+        yield server
+
+
+@pytest.mark.parametrize(("width", "count"), [(8, MANY), (1, FEW)])
+def test_greedy_answers_are_the_same(
+    engine: Server, plain: dict[str, list[str]], width: int, count: int
+) -> None:
+    before = engine.metric(ACCEPTED)
+    assert texts(engine, spec_prompts(60)[:count], width) == plain["greedy"][:count]
+    assert engine.metric(ACCEPTED) > before + count
+
+
+def test_stop_strings_end_answers_where_they_did(engine: Server, plain: dict[str, list[str]]) -> None:
+    assert texts(engine, spec_prompts(60)[:FEW], 8, **STOP) == plain["stop"]
+
+
+def test_hybrid_drafts_in_the_models_own_type() -> None:
+    """bfloat16, which near-ties keep from comparing token for token."""
+    with galley_worker({**OPTIONS, "dtype": "bfloat16"}, "--speculation", '{"method": "hybrid"}') as server:
+        answers = texts(server, spec_prompts(60)[:FEW], 4)
+        assert all(len(answer) > 20 for answer in answers)
+        assert 0 < server.metric(ACCEPTED) <= server.metric(DRAFTED)
+        sampled = texts(server, spec_prompts(60)[:2], 2, temperature=0.8, seed=1)
+        assert all(len(answer) > 20 for answer in sampled)
