@@ -75,6 +75,17 @@ def test_what_was_said_before_is_drafted_and_accepted(engine: Server, plain_chat
 
 
 @hybrid
+def test_counters_follow_vllms_own(engine: Server) -> None:
+    time.sleep(1.1)  # they leave the device about once a second
+    content_of(engine, "Say hello.", max_tokens=4)
+    for name, own in ((DRAFTED, "draft_tokens"), (ACCEPTED, "accepted_tokens")):
+        counted = engine.metric(f"galley_speculation_{own}_total")
+        assert counted == pytest.approx(engine.metric(name), abs=2 * DRAFT)
+    assert engine.metric("galley_speculation_draft_seconds_total") > 0
+    assert engine.metric("galley_speculation_request_steps_total") > TOKENS
+
+
+@hybrid
 def test_a_request_may_decline_drafts_or_ask_for_fewer(engine: Server, plain_chats: list[str]) -> None:
     drafted = engine.metric(DRAFTED)
     assert content_of(engine, CHATS[1], vllm_xargs={"speculation": False}) == plain_chats[1]

@@ -301,7 +301,7 @@ def test_options_have_a_long_and_a_quick_form() -> None:
     assert (long.prompts, long.repeats, long.max_tokens) == (6, 3, 128)
     assert long.methods == list(speculation_servers.METHODS)
     assert long.batches == [1, 4, 8, 16]
-    assert quick.methods == ["none", "suffix", "ngram", "hybrid"]
+    assert quick.methods == ["none", "suffix", "hybrid"]
     assert (quick.prompts, quick.repeats, quick.batches) == (1, 1, [1, 8])
 
 

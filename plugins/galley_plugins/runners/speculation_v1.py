@@ -77,7 +77,7 @@ class SpeculationV1:
         vocab_size = vllm_config.model_config.get_vocab_size()
         self._files = DrafterFiles(options, vocab_size, vllm_config.model_config.tokenizer)
         self.galley_drafter: Drafter = self._make_drafter(options, vocab_size)
-        self.speculation_stats = SpeculationStats.from_environment()
+        self.speculation_stats = SpeculationStats.from_environment(vllm_config.parallel_config.rank)
         self._numbers: dict[str, int] = {}  # request id -> the drafter's number
         self._next_number = 0
         self._text_lengths: dict[str, int] = {}  # tokens that the drafter has seen

@@ -24,7 +24,9 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
 from galley_plugins.speculation.device import DeviceDrafter, Rows, Texts, top_predictions
+from galley_plugins.speculation.device_stats import DeviceStats
 from galley_plugins.speculation.requests import drafting_limit, scope_of
+from galley_plugins.speculation.stats import SpeculationStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -117,6 +119,8 @@ class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
         most = config.num_speculative_tokens
         self._states = req_states
         self._drafter = DeviceDrafter(options, requests=req_states.max_num_reqs, most=most, device=device)
+        stats = SpeculationStats.from_environment(vllm_config.parallel_config.rank)
+        self._stats = DeviceStats(stats, device)
         self._limited: set[int] = set()  # slots whose limit is below `most`
         self._most = most
         self._back = torch.tensor(CONTEXT_OFFSETS, device=device)
@@ -205,6 +209,7 @@ class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
         count = input_batch.num_reqs
         if dummy_run:
             return self._drafts[:count]
+        self._stats.drafting()
         slots = input_batch.idx_mapping
         texts = Texts(
             slots=slots,
@@ -213,6 +218,8 @@ class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
             new=num_sampled.long(),
             sampled=temperature[slots] > 0,
         )
+        nodes = torch.minimum(input_batch.cu_num_logits.long().diff() - 1, self._drafter.limits[slots])
+        self._stats.verified(nodes, texts.new - 1, texts.new > 0)
         if self._tops is not None:
             self._drafter.observe(self._rows(input_batch, texts, *self._tops))
             self._tops = None
@@ -220,6 +227,7 @@ class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
         self._drafts[:count] = tokens
         self.draft_token_confidence_probs[:count] = chances
         self.promising = (chances.cumprod(1) >= LEAST).sum(1)
+        self._stats.drafted()
         return self._drafts[:count]
 
     def _rows(self, batch: Any, texts: Texts, tokens: torch.Tensor, probs: torch.Tensor) -> Rows:

@@ -30,17 +30,18 @@ _COUNTERS = {
     "request_steps": "Steps, counted once for each request that gained tokens",
     "draft_tokens": "Draft tokens verified",
     "accepted_tokens": "Draft tokens accepted",
-    "step_seconds": "Wall time of steps that had no prompt chunk",
-    "draft_seconds": "Time spent in learning from such steps and in drafting",
-    "verify_seconds": "Time spent in sampling along drafts in such steps",
+    "step_seconds": "Wall time of steps that had no prompt chunk (runner V1)",
+    "draft_seconds": "Time spent in learning from such steps and in drafting; on runner V2, of all steps",
+    "verify_seconds": "Time spent in sampling along drafts in such steps (runner V1)",
     "skip_sets_tried": "Sets of skipped sub-layers that self-drafting has scored",
     "skip_sets_kept": "Such sets that were better than the best before",
 }
-_PLACES = {name: place for place, name in enumerate(_COUNTERS)}
-_POSITION_START = len(_COUNTERS)
-_LENGTH_START = _POSITION_START + POSITIONS
-_LENGTH_SUM = _LENGTH_START + len(LENGTHS) + 1
-_SIZE = _LENGTH_SUM + 1
+# Where each counter lies in the file.
+PLACES = {name: place for place, name in enumerate(_COUNTERS)}
+POSITION_START = len(_COUNTERS)
+LENGTH_START = POSITION_START + POSITIONS
+LENGTH_SUM = LENGTH_START + len(LENGTHS) + 1
+SIZE = LENGTH_SUM + 1
 
 
 class SpeculationStats:
@@ -48,20 +49,21 @@ class SpeculationStats:
 
     def __init__(self, path: Path | None) -> None:
         if path is None:
-            self.values: Any = np.zeros(_SIZE)
+            self.values: Any = np.zeros(SIZE)
         else:
             descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
-            os.ftruncate(descriptor, 8 * _SIZE)
+            os.ftruncate(descriptor, 8 * SIZE)
             os.close(descriptor)
-            self.values = np.memmap(path, np.float64, "r+", shape=(_SIZE,))
+            self.values = np.memmap(path, np.float64, "r+", shape=(SIZE,))
 
     @classmethod
-    def from_environment(cls) -> SpeculationStats:
+    def from_environment(cls, rank: int = 0) -> SpeculationStats:
+        """To the file that the environment names; ranks draft alike, so the first one speaks for all."""
         path = os.environ.get(STATS_VARIABLE)
-        return cls(Path(path) if path else None)
+        return cls(Path(path) if path and rank == 0 else None)
 
     def add(self, name: str, amount: float = 1.0) -> None:
-        self.values[_PLACES[name]] += amount
+        self.values[PLACES[name]] += amount
 
     def verified(self, nodes: NDArray[np.int32], accepted: NDArray[np.int32]) -> None:
         """A step verified one draft for each request.
@@ -72,16 +74,16 @@ class SpeculationStats:
         """
         places = np.searchsorted(LENGTHS, nodes)
         lengths = np.bincount(places, minlength=len(LENGTHS) + 1)
-        self.values[_LENGTH_START:_LENGTH_SUM] += lengths
+        self.values[LENGTH_START:LENGTH_SUM] += lengths
         drafted, taken = int(nodes.sum()), int(accepted.sum())
-        self.values[_LENGTH_SUM] += drafted
+        self.values[LENGTH_SUM] += drafted
         self.add("draft_tokens", drafted)
         self.add("request_steps", len(nodes))
         self.add("accepted_tokens", taken)
         if taken:
             longest = np.arange(int(accepted.max()))
             reached = (accepted[:, None] > longest).sum(0)
-            np.add.at(self.values, _POSITION_START + np.minimum(longest, POSITIONS - 1), reached)
+            np.add.at(self.values, POSITION_START + np.minimum(longest, POSITIONS - 1), reached)
 
 
 class SpeculationCollector:
@@ -101,12 +103,12 @@ class SpeculationCollector:
             values = np.fromfile(self._path, np.float64)
         except OSError:
             return
-        if len(values) != _SIZE:
+        if len(values) != SIZE:
             return
         label = [self._method]
         for name, text in _COUNTERS.items():
             family = CounterMetricFamily(f"galley_speculation_{name}", text, labels=["method"])
-            family.add_metric(label, float(values[_PLACES[name]]))
+            family.add_metric(label, float(values[PLACES[name]]))
             yield family
         family = CounterMetricFamily(
             "galley_speculation_accepted_tokens_by_position",
@@ -115,15 +117,15 @@ class SpeculationCollector:
         )
         for position in range(POSITIONS):
             name = str(position) if position < POSITIONS - 1 else f"{position}+"
-            family.add_metric([*label, name], float(values[_POSITION_START + position]))
+            family.add_metric([*label, name], float(values[POSITION_START + position]))
         yield family
         histogram = HistogramMetricFamily(
             "galley_speculation_draft_length", "Nodes of a request's draft in a step", labels=["method"]
         )
-        counts = np.cumsum(values[_LENGTH_START : _LENGTH_START + len(LENGTHS) + 1])
+        counts = np.cumsum(values[LENGTH_START : LENGTH_START + len(LENGTHS) + 1])
         bounds = [*(str(float(bound)) for bound in LENGTHS), "+Inf"]
         histogram.add_metric(
-            label, list(zip(bounds, map(float, counts), strict=True)), float(values[_LENGTH_SUM])
+            label, list(zip(bounds, map(float, counts), strict=True)), float(values[LENGTH_SUM])
         )
         yield histogram
 

@@ -36,6 +36,7 @@ def config(method: str | None = "ngram_gpu", *, asynchronous: bool = False) -> S
     return SimpleNamespace(
         additional_config=PluginOptions(speculation=OPTIONS).to_additional_config(),
         speculative_config=speculative if method else None,
+        parallel_config=SimpleNamespace(rank=0),
         asynchronous=asynchronous,
     )
 
