@@ -14,7 +14,7 @@ import numpy as np
 from galley_plugins.models import resolve
 from galley_plugins.options import PluginOptions
 from galley_plugins.speculation.options import SpeculationOptions
-from galley_plugins.speculation.stats import _PLACES
+from galley_plugins.speculation.stats import PLACES
 from loadtest.servers import FLOAT32, MODEL
 from tests.e2e.texts import PROMPTS
 
@@ -96,8 +96,8 @@ def main() -> None:
     plain = answers(extra_args={"speculation": False})
     found = {
         "same": whole == short == plain,
-        "drafted": float(values[_PLACES["draft_tokens"]]),
-        "accepted": float(values[_PLACES["accepted_tokens"]]),
+        "drafted": float(values[PLACES["draft_tokens"]]),
+        "accepted": float(values[PLACES["accepted_tokens"]]),
         "scores": sorted(set(scores)),
         "complaints": complaints,
     }
