@@ -92,9 +92,11 @@ def test_preempted_chats_and_embeddings_are_unchanged(engine: Server) -> None:
         f"Say something about {thing}." for thing in ("bread", "rain", "iron", "maps", "music", "trade")
     ]
     options = {"max_tokens": 105, "ignore_eos": True}
-    alone = [engine.chat(prompt, **options) for prompt in prompts]
-    texts = [long_text(60, seed=seed) for seed in (8, 9)]
     before = engine.metric("vllm:num_preemptions_total")
+    with ThreadPoolExecutor(3) as pool:  # these have room
+        alone = list(pool.map(lambda prompt: engine.chat(prompt, **options), prompts))
+    assert engine.metric("vllm:num_preemptions_total") == before
+    texts = [long_text(60, seed=seed) for seed in (8, 9)]
     with ThreadPoolExecutor(8) as pool:
         chats = [pool.submit(engine.chat, prompt, **options) for prompt in prompts]
         vectors = [pool.submit(engine.embed, text) for text in texts]
