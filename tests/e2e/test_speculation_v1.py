@@ -65,11 +65,8 @@ def plain() -> dict[str, Any]:
     """Answers of vLLM itself, without plugins."""
     with plain_vllm(OPTIONS) as server:
         found: dict[str, Any] = {"prompts": together(server, spec_prompts(60), 8, max_tokens=TOKENS)}
-        asked = [(name, prompt) for name in REQUESTS for prompt in PROMPTS[:4]]
-        with ThreadPoolExecutor(8) as pool:  # in float32 an answer is the same in every batch
-            answers = list(pool.map(lambda pair: server.chat(pair[1], **REQUESTS[pair[0]]), asked))
-        for (name, _), answer in zip(asked, answers, strict=True):
-            found.setdefault(name, []).append(answer)
+        for name, fields in REQUESTS.items():
+            found[name] = [server.chat(prompt, **fields) for prompt in PROMPTS[:4]]
         found["long"] = summary(server.chat(long_text(120), max_tokens=48))
         return found
 
