@@ -12,7 +12,6 @@ an earlier cell. `METHOD-warm` serves other prompts of the same tasks before the
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import signal
 import statistics
@@ -25,11 +24,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from loadtest.harness import RESULTS, Report, commit, console, versions
+from loadtest.harness import RESULTS, Report, commit, console
 from loadtest.specbench import Prompt, data_path, in_turn, load_prompts, stretch
 from loadtest.speculation_cells import Cell, Work, block_size_of, wake, warm, wave
 from loadtest.speculation_figures import figures_of, markdown
-from loadtest.speculation_servers import BASE, METHODS, OURS, SETTINGS, WARM, serving, speculation_of
+from loadtest.speculation_servers import BASE, METHODS, OURS, WARM, serving, settings_of, speculation_of
 from loadtest.suffix_peer import PeerError, suffix_peer_path
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from loadtest.servers import Server
 
-QUICK_METHODS = (BASE, "suffix", OURS)  # vLLM's n-grams are far behind its suffixes in every long run
+QUICK_METHODS = (BASE, "suffix", OURS)  # no time for vLLM's n-grams, so its suffixes are the best peer
 BATCHES, QUICK_BATCHES = (1, 4, 8, 16), (1, 8)
 QUICK_PROMPTS, QUICK_TOKENS = 1, 48
 MIXED = "all tasks"
@@ -202,13 +201,7 @@ def main() -> None:
         prompts = load_prompts(content.decode().splitlines())
         bench = Bench(prompts, options.prompts, options.max_tokens)
         bench.check(options)
-        settings = {
-            "prompts": options.prompts,
-            "max_tokens": options.max_tokens,
-            "engine": SETTINGS,
-            "data_sha256": hashlib.sha256(content).hexdigest(),
-            "versions": versions(),
-        }
+        settings = settings_of(content, prompts=options.prompts, max_tokens=options.max_tokens)
         work = None if options.quick else Work(RESULTS / f"{name}.cells.jsonl", settings, options.resume)
     except (OSError, ValueError, PeerError) as error:
         sys.exit(f"bench_speculation: {error}")

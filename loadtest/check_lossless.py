@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -28,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from loadtest.harness import RESULTS, Report, commit, console, versions
+from loadtest.harness import RESULTS, Report, commit, console
 from loadtest.servers import NAME
 from loadtest.specbench import Prompt, data_path, in_turn, load_prompts
-from loadtest.speculation_servers import BASE, GALLEY, SETTINGS, serving
+from loadtest.speculation_servers import BASE, GALLEY, serving, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,6 +51,7 @@ class Answers:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
+        self._commit = commit()
         self.found: dict[Key, dict[int, list[int]]] = defaultdict(dict)
         self.commits: set[str] = set()
         header = json.dumps(settings) + "\n"
@@ -71,7 +71,13 @@ class Answers:
 
     def add(self, key: Key, question: int, tokens: list[int]) -> None:
         method, batch = key
-        row = {"method": method, "batch": batch, "question": question, "tokens": tokens, "commit": commit()}
+        row = {
+            "method": method,
+            "batch": batch,
+            "question": question,
+            "tokens": tokens,
+            "commit": self._commit,
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._take(row)
@@ -186,12 +192,7 @@ def main() -> None:
         path = data_path(options.data, os.environ)
         content = path.read_bytes()
         prompts = list(chosen(load_prompts(content.decode().splitlines()), options.prompts))
-        settings = {
-            "max_tokens": options.max_tokens,
-            "engine": SETTINGS,
-            "data_sha256": hashlib.sha256(content).hexdigest(),
-            "versions": versions(),
-        }
+        settings = settings_of(content, max_tokens=options.max_tokens)
         answers = Answers(RESULTS / f"{name}.cells.jsonl", settings)
     except (OSError, ValueError) as error:
         sys.exit(f"check_lossless: {error}")
@@ -205,7 +206,8 @@ def main() -> None:
     report.add("commits", {"of_answers": sorted(answers.commits)})
     report.finish(
         {
-            "identical": all(cell["compared"] == cell["identical"] for cell in found.values()),
+            "identical": bool(found)
+            and all(cell["compared"] == cell["identical"] for cell in found.values()),
             "compared": sum(cell["compared"] for cell in found.values()),
             "cells": {key: f"{cell['identical']}/{cell['compared']}" for key, cell in found.items()},
         }

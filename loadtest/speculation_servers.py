@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from loadtest.harness import versions
 from loadtest.servers import Server, galley_worker, plain_vllm
 from loadtest.suffix_peer import suffix_peer_path
 
@@ -35,9 +37,19 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 BASE, OURS, WARM = "none", "hybrid", "-warm"
 GALLEY = ("trigram", "recycling", "prompt-lookup", OURS, "self")
-METHODS = (BASE, *PEERS, *GALLEY[:4], OURS + WARM)  # what a benchmark measures unless told otherwise
+METHODS = (BASE, *PEERS, *(name for name in GALLEY if name != "self"), OURS + WARM)  # measured by default
 
 ANSWER_SECONDS = 600.0
+
+
+def settings_of(content: bytes, **own: Any) -> dict[str, Any]:
+    """All that answers depend on: the engine, versions, the file of prompts (`content`) and a run's `own`."""
+    return {
+        **own,
+        "engine": SETTINGS,
+        "data_sha256": hashlib.sha256(content).hexdigest(),
+        "versions": versions(),
+    }
 
 
 def speculation_of(method: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The counters of `stats` where drafts and verdicts stay on the device (runner V2).
 
-They add up in a tensor there, which is copied out about once a second without waiting for it.
+They add up in a tensor there, which steps copy out about once a second without waiting for it: what the last
+second before a pause counted is seen when work goes on.
 """
 
 from __future__ import annotations
