@@ -5,12 +5,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from loadtest.servers import Server, galley_serve
+from loadtest.servers import FLOAT32, Server, galley_serve, plain_vllm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def plain_engine() -> Iterator[Server]:
+    """vLLM itself, without plugins, for the answers that others are compared with; it idles while they run."""
+    with plain_vllm({**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 256}) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import itertools
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from loadtest import reference
-from loadtest.servers import FLOAT32, Server, galley_worker, plain_vllm
+from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 
 if TYPE_CHECKING:
@@ -24,15 +25,14 @@ CHAT = {"max_tokens": 48, "logprobs": True}
 
 
 @pytest.fixture(scope="module")
-def plain_chats() -> list[list[str]]:
-    """Tokens of each prompt's answer from plain vLLM with the same settings."""
-    with plain_vllm({**FLOAT32, "max-num-batched-tokens": 128, "max-num-seqs": 64}) as server:
-        return [tokens_of(server, prompt) for prompt in PROMPTS]
+def plain_chats(plain_engine: Server) -> list[list[str]]:
+    """Tokens of each prompt's answer from plain vLLM."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(partial(tokens_of, plain_engine), PROMPTS))
 
 
 @pytest.fixture(scope="module")
-def engine(plain_chats: list[list[str]]) -> Iterator[Server]:
-    """Starts after plain vLLM has ended, so that only one engine runs at a time."""
+def engine() -> Iterator[Server]:
     with galley_worker({**FLOAT32, "max-num-batched-tokens": 128, "max-num-seqs": 64}) as server:
         yield server
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from loadtest import reference
-from loadtest.servers import FLOAT32, Server, galley_worker, plain_vllm
+from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 
 if TYPE_CHECKING:
@@ -24,13 +24,12 @@ BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128
 
 
 @pytest.fixture(scope="module")
-def plain_chats() -> list[str]:
-    with plain_vllm(OPTIONS) as server:
-        return [content_of(server, prompt) for prompt in PROMPTS[:3]]
+def plain_chats(plain_engine: Server) -> list[str]:
+    return [content_of(plain_engine, prompt) for prompt in PROMPTS[:3]]
 
 
 @pytest.fixture(scope="module")
-def engine(plain_chats: list[str]) -> Iterator[Server]:
+def engine() -> Iterator[Server]:
     environment = {"PYTHONPATH": str(V2_ON_CPU), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     small = {**OPTIONS, "kv-cache-memory-bytes": 9 * BLOCK_BYTES, "no-scheduler-reserve-full-isl": True}
     with galley_worker(small, env=environment) as server:

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from galley_plugins.worker.environment import worker_environment
 from loadtest import reference
-from loadtest.servers import FLOAT32, NAME, Server, galley_worker, plain_vllm
+from loadtest.servers import FLOAT32, NAME, Server, galley_worker
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 
 if TYPE_CHECKING:
@@ -66,19 +67,18 @@ def test_with_nothing_skipped_everything_is_accepted_and_the_cache_stays() -> No
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[str, Any]:
+def plain(plain_engine: Server) -> dict[str, Any]:
     """Answers of vLLM itself, without plugins."""
-    with plain_vllm(OPTIONS) as server:
+    with ThreadPoolExecutor(3) as pool:
         return {
-            "greedy": [tokens_of(server, prompt) for prompt in CHATS],
-            "sampled": text_of(server, PROMPTS[6], **SAMPLING),
-            "grammar": text_of(server, PROMPTS[1], response_format=GRAMMAR, ignore_eos=False),
+            "greedy": list(pool.map(partial(tokens_of, plain_engine), CHATS)),
+            "sampled": text_of(plain_engine, PROMPTS[6], **SAMPLING),
+            "grammar": text_of(plain_engine, PROMPTS[1], response_format=GRAMMAR, ignore_eos=False),
         }
 
 
 @pytest.fixture(scope="module")
-def engine(plain: dict[str, Any]) -> Iterator[Server]:
-    """Starts after plain vLLM has ended, so that only one engine runs at a time."""
+def engine() -> Iterator[Server]:
     speculation = {"method": "self", "max_draft_tokens": 8}
     with galley_worker(OPTIONS, "--speculation", json.dumps(speculation)) as server:
         yield server

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from loadtest.servers import FLOAT32, Server, galley_worker, plain_vllm
+from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.spec_prompts import spec_prompts
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ def texts(server: Server, prompts: list[str], width: int, **fields: Any) -> list
 
 
 @pytest.fixture(scope="module")
-def plain() -> dict[str, list[str]]:
+def plain(plain_engine: Server) -> dict[str, list[str]]:
     """Answers of vLLM itself, without plugins."""
-    with plain_vllm(OPTIONS) as server:
-        prompts = spec_prompts(60)
-        return {"greedy": texts(server, prompts[:MANY], 8), "stop": texts(server, prompts[:FEW], 8, **STOP)}
+    prompts = spec_prompts(60)
+    return {
+        "greedy": texts(plain_engine, prompts[:MANY], 8),
+        "stop": texts(plain_engine, prompts[:FEW], 8, **STOP),
+    }
 
 
 @pytest.fixture(scope="module", params=["trigram", "recycling", "prompt-lookup"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loadtest import reference
-from loadtest.servers import FLOAT32, Server, galley_worker, plain_vllm
+from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 
 if TYPE_CHECKING:
@@ -35,13 +35,12 @@ hybrid = pytest.mark.parametrize("engine", ["hybrid"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def plain_chats() -> list[str]:
-    with plain_vllm(OPTIONS) as server:
-        return [content_of(server, prompt) for prompt in CHATS]
+def plain_chats(plain_engine: Server) -> list[str]:
+    return [content_of(plain_engine, prompt) for prompt in CHATS]
 
 
 @pytest.fixture(scope="module")
-def engine(request: pytest.FixtureRequest, plain_chats: list[str]) -> Iterator[Server]:
+def engine(request: pytest.FixtureRequest) -> Iterator[Server]:
     speculation = {"method": request.param, "max_draft_tokens": DRAFT}
     config = {"method": "ngram_gpu", "num_speculative_tokens": DRAFT}
     options = {**OPTIONS, "speculative-config": config}
