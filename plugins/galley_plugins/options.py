@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "galley"
-Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,24 @@ class PluginOptions:
     """Options of every plugin, read in each process of the engine.
 
     Attributes:
-        embed: serve `embed` requests from the generating engine.
-        pooling: how hidden states become one vector.
+        embedding: how `embed` requests are served; None is off.
+        vllm_pools: vLLM's own pooling runner serves them.
+        generate: the engine generates text.
+        step_tokens: tokens of a step; None is the most that a batch can have. A prompt that has to run in one
+            step may exceed it.
         speculation: draft and verify; None is off.
     """
 
-    embed: bool = False
-    pooling: Pooling = "mean"
+    embedding: EmbeddingOptions | None = None
+    vllm_pools: bool = False
+    generate: bool = True
+    step_tokens: int | None = None
     speculation: SpeculationOptions | None = None
 
-    def __post_init__(self) -> None:
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(
-                f"pooling: found {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}"
-            )
+    @property
+    def pools(self) -> bool:
+        """Galley's runner serves `embed` requests."""
+        return self.embedding is not None and not self.vllm_pools
 
     def to_additional_config(self) -> dict[str, Any]:
         return {KEY: asdict(self)}
@@ -50,8 +54,9 @@ class PluginOptions:
         if unknown:
             raise ValueError(f"additional_config.{KEY}: unknown option {', '.join(unknown)}")
         values = dict(values)
-        speculation = values.pop("speculation", None)
+        speculation, embedding = values.pop("speculation", None), values.pop("embedding", None)
         return cls(
             **values,
+            embedding=None if embedding is None else EmbeddingOptions.from_values(embedding),
             speculation=None if speculation is None else SpeculationOptions.from_values(speculation),
         )

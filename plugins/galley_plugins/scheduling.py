@@ -1,24 +1,91 @@
-"""The scheduler that vLLM would use, which also keeps mean-pooled prompts away from cached prefixes.
+"""The scheduler that vLLM would use, which also minds what embedding requests need.
 
-A prefix that is read from the cache has keys and values but no hidden states, and a mean needs every row.
-Such prompts still fill the cache, so a chat after an embedding of the same prefix reads it.
+- A pool over every row keeps away from cached prefixes: these have keys and values but no hidden states. Such
+  prompts still fill the cache, so a chat after an embedding of the same prefix reads it, unless the method
+  computes other keys and values than a chat would.
+- A method may need all of a prompt in one step: it waits for a step that has room, however many tokens a step
+  has for others.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from galley_plugins import vllm_compat
+from galley_plugins.embedding.methods import make_method
 from galley_plugins.options import PluginOptions
 
+if TYPE_CHECKING:
+    from galley_plugins.embedding.methods.method import Method
 
-class ComputeWholePrompt:
+
+class EmbeddingScheduler:
     """Mixed in before a vLLM scheduler."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
+        options = PluginOptions.from_vllm_config(vllm_config)
+        assert options.embedding is not None
+        self._method: Method = make_method(options.embedding, vllm_config.model_config.hf_text_config)
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        self._step_tokens = min(options.step_tokens or most, most)
+        self._most_step_tokens = most
+        self._whole_waiting: dict[str, int] = {}  # request id -> tokens of its prompt
+        if self._method.own_cache:
+            _leave_out_of_cache(self)
 
     def add_request(self, request: Any) -> None:
         if request.pooling_params is not None:
-            request.skip_reading_prefix_cache = True
+            if self._method.every_row or self._method.own_cache:
+                request.skip_reading_prefix_cache = True
+            if self._method.whole_prompt:
+                self._whole_waiting[request.request_id] = request.num_tokens
         super().add_request(request)  # type: ignore[misc]
+
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.max_num_scheduled_tokens = self._step_tokens
+        if self._whole_waiting:
+            running = sum(
+                request.num_tokens_with_spec - request.num_computed_tokens for request in self.running
+            )
+            needed = min(running, self._step_tokens) + max(self._whole_waiting.values())
+            self.max_num_scheduled_tokens = min(max(self._step_tokens, needed), self._most_step_tokens)
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        for request_id in output.num_scheduled_tokens:
+            self._whole_waiting.pop(request_id, None)
+        return output
+
+    def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if request.pooling_params is not None and self._method.whole_prompt:
+            self._whole_waiting[request.request_id] = request.num_tokens
+        return super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def finish_requests(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        finished: list[Any] = super().finish_requests(request_ids, *args, **kwargs)  # type: ignore[misc]
+        for request in finished:
+            self._whole_waiting.pop(request.request_id, None)
+        return finished
+
+    def _reserve_prefill_lookahead(
+        self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """vLLM's own last word on where a prefill may be split; such a prompt nowhere."""
+        count: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
+        whole = request.pooling_params is not None and self._method.whole_prompt
+        return 0 if whole and num_computed_tokens + count < request.num_tokens else count
+
+
+def _leave_out_of_cache(scheduler: Any) -> None:
+    """Keep blocks of embedding requests from being found by the hashes of their tokens."""
+    manager = scheduler.kv_cache_manager
+    vllm_own = manager.allocate_slots
+
+    def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+        if request.pooling_params is not None:
+            kwargs["delay_cache_blocks"] = True
+        return vllm_own(request, *args, **kwargs)
+
+    manager.allocate_slots = allocate_slots
 
 
 def make_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +95,6 @@ def make_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
     else:
         from vllm.v1.core.sched.scheduler import Scheduler as Base
-    options = PluginOptions.from_vllm_config(vllm_config)
-    mixins = (ComputeWholePrompt,) if options.embed and options.pooling == "mean" else ()
+    mixins = (EmbeddingScheduler,) if PluginOptions.from_vllm_config(vllm_config).pools else ()
     scheduler_class = type("GalleyScheduler", (*mixins, Base), {})
     return scheduler_class(vllm_config, *args, **kwargs)

@@ -62,7 +62,8 @@ class StatusEndpoint:
             "processes": [{"process": line["process"], "pid": line["pid"]} for line in loaded],
         }
         vllm_config = engine_client.vllm_config
-        speculation = PluginOptions.from_vllm_config(vllm_config).speculation
+        options = PluginOptions.from_vllm_config(vllm_config)
+        speculation = options.speculation
         counters = os.environ.get(STATS_VARIABLE)
         if speculation is not None:
             from galley_plugins.speculation.frontend import validate_requests
@@ -73,6 +74,10 @@ class StatusEndpoint:
             if speculation.tables is not None:
                 save_before_shutdown(engine_client)
             validate_requests(runs_alone=not vllm_config.use_v2_model_runner)
+        if options.embedding is not None:
+            from galley_plugins.embedding.frontend import install
+
+            install(state, engine_client, options.embedding, sampled=0 if options.vllm_pools else 1)
         progress.report("ready")
 
 

@@ -24,6 +24,8 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "GPUModelRunner.sample_tokens",
             "hidden states and batch together",
         ),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs", "rows of the step to come"),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.load_model", "finds the layers to reach between"),
         ("vllm.v1.worker.gpu_model_runner", "ExecuteModelState.hidden_states", "rows to pool"),
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_supported_tasks", "embed is added"),
     ),
@@ -33,6 +35,8 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "GPUModelRunner.add_requests",
             "sees a request's parameters first",
         ),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", "rows of the step to come"),
+        ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.load_model", "finds the layers to reach between"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", "hidden states and batch together"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", "the step's output"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.finish_requests", "forgets their prompts"),
@@ -99,6 +103,15 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "speculation-frontend": (
         ("vllm.sampling_params", "SamplingParams._validate_spec_decode", "checks vllm_xargs"),
     ),
+    "embedding-frontend": (
+        (
+            "vllm.entrypoints.pooling.embed.serving",
+            "ServingEmbedding._preprocessing",
+            "inputs become prompts",
+        ),
+        ("vllm.entrypoints.pooling.typing", "PoolingEngineInput", "what it leaves for the engine"),
+        ("vllm.v1.engine.async_llm", "AsyncLLM.encode", "texts of other routes get the same prompts"),
+    ),
     "worker-cpu": (
         ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),
     ),
@@ -110,6 +123,19 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "marks requests that must compute every row",
         ),
         ("vllm.v1.request", "Request.get_skip_reading_prefix_cache", "the mark that the scheduler honours"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "makes room for prompts of one step"),
+        (
+            "vllm.v1.core.sched.scheduler",
+            "Scheduler._reserve_prefill_lookahead",
+            "keeps such prompts from being split",
+        ),
+        ("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", "such prompts wait again"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", "such prompts wait no more"),
+        (
+            "vllm.v1.core.kv_cache_manager",
+            "KVCacheManager.allocate_slots",
+            "keeps blocks of other keys and values out of the cache",
+        ),
     ),
 }
 

@@ -32,6 +32,8 @@ config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True
 app.add_typer(config_app, name="config")
 speculation_app = typer.Typer(help="Prepare tables of draft-verify speculation.", no_args_is_help=True)
 app.add_typer(speculation_app, name="speculation")
+embed_app = typer.Typer(help="Measure and tune embeddings.", no_args_is_help=True)
+app.add_typer(embed_app, name="embed")
 
 out = Console()
 err = Console(stderr=True)
@@ -184,6 +186,26 @@ def config_check(
 def speculation_build_table(context: typer.Context) -> None:
     """Count a corpus's tri-grams into a table for `speculation: {method: trigram}`; --help says how."""
     _run_plugin("galley_plugins.speculation", ["build-table", *context.args])
+
+
+@embed_app.command(
+    "eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def embed_eval(context: typer.Context) -> None:
+    """Say how good a served model's vectors are, on public data sets; --help says how."""
+    _run_plugin("galley_plugins.embedding", ["eval", *context.args])
+
+
+@embed_app.command(
+    "tune-tp",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def embed_tune(context: typer.Context) -> None:
+    """Pick a model's layers for `embedding: {method: token-prepending}`; --help says how."""
+    _run_plugin("galley_plugins.embedding", ["tune-tp", *context.args])
 
 
 @app.command()

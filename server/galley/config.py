@@ -78,10 +78,20 @@ class GatewayConfig(_Frozen):
 
 
 class EmbeddingConfig(_Frozen):
-    """How `/v1/embeddings` pools hidden states into a vector."""
+    """How `/v1/embeddings` turns texts into vectors."""
 
-    pooling: Literal["mean", "last"] = "mean"
+    method: Literal["mean", "last", "prompt-eol", "token-prepending", "echo"] = "mean"
+    prompt: str | None = Field(None, min_length=1, description="a template's name, or a template with {text}")
+    clean: bool | None = Field(None, description="end texts as sentences, without quotation marks in them")
+    start_layer: int | None = Field(None, ge=1)
+    exit_layer: int | None = Field(None, ge=2)
+    output_layer: int | None = Field(None, description="as transformers counts hidden states")
+    instructions: dict[str, str] | None = Field(None, description="what input_type says to the model")
+    instruction_template: str | None = Field(
+        None, description="how an instruction is written, {instruction} in it"
+    )
     normalize: bool = True
+    max_tokens: int | None = Field(None, ge=16, description="the longest prompt that has to run in one step")
 
 
 class TrigramConfig(_Frozen):
@@ -253,7 +263,13 @@ class Config(BaseSettings):
 
 
 # Variables read outside the configuration; any other unknown GALLEY_* name is a spelling mistake.
-_OTHER_VARIABLES = {"GALLEY_CACHE_DIR", "GALLEY_DEVICE", "GALLEY_DATA", "GALLEY_STATUS_FILE"}
+_OTHER_VARIABLES = {
+    "GALLEY_API_KEY",
+    "GALLEY_CACHE_DIR",
+    "GALLEY_DATA",
+    "GALLEY_DEVICE",
+    "GALLEY_STATUS_FILE",
+}
 
 
 def load(path: Path | None = None, flags: dict[str, Any] | None = None) -> Config:

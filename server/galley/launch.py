@@ -23,9 +23,10 @@ def worker_command(model: ModelConfig, host: str, port: int) -> list[str]:
         command += ["--name", name]
     command += ["--host", host, "--port", str(port)]
     command += ["--tasks", ",".join(sorted(model.tasks)), "--device", model.device]
-    command += ["--compile", model.compile, "--pooling", model.embedding.pooling]
-    if not model.embedding.normalize:
-        command.append("--no-normalize")
+    command += ["--compile", model.compile]
+    embedding = model.embedding.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    if embedding:
+        command += ["--embedding", json.dumps(embedding)]
     if model.speculation is not None:
         chosen = model.speculation.model_dump(mode="json", exclude_unset=True)
         command += ["--speculation", json.dumps(chosen)]

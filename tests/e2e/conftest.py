@@ -20,7 +20,7 @@ def plain_engine() -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def galley() -> Iterator[Server]:
     """What a user gets from `galley serve`: the gateway and the built-in model with its defaults."""
     with galley_serve() as server:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import httpx
 import jsonschema
+import numpy as np
 import openai
 import pytest
 
@@ -196,3 +199,37 @@ def test_chats_and_embeddings_at_once(client: openai.OpenAI) -> None:
         assert all("Paris" in chat.result().choices[0].message.content for chat in chats)
         for text, vector in zip(SHORT_TEXTS, vectors, strict=True):
             assert reference.cosine(vector.result().data[0].embedding, reference.embed(text)) > 0.999
+
+
+def test_an_instruction_is_read_and_not_pooled(client: openai.OpenAI) -> None:
+    text, task = SHORT_TEXTS[1], "Find the city that a question is about"
+    expected = reference.instructed(f"Instruct: {task}\nQuery: ", text)
+    answer = client.embeddings.create(model=MODEL, input=text, extra_body={"instruction": task})
+    assert reference.cosine(answer.data[0].embedding, expected) > 0.999
+    assert reference.cosine(answer.data[0].embedding, reference.embed(text)) < 0.999
+    plain = client.embeddings.create(model=MODEL, input=text, extra_body={"input_type": "document"})
+    assert reference.cosine(plain.data[0].embedding, reference.embed(text)) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"input_type": "banana"}, "input_type: found 'banana', expected one of query, document"),
+        ({"instruction": 3}, "instruction: found int, expected a string"),
+        ({"truncate": "middle"}, "truncate: found 'middle', expected true, false, 'start', 'end' or 'none'"),
+    ],
+)
+def test_a_wrong_parameter_of_an_embedding_is_named(
+    client: openai.OpenAI, extra: dict[str, object], expected: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=re.escape(expected)):
+        client.embeddings.create(model=MODEL, input="x", extra_body=extra)
+
+
+def test_raw_bytes_are_the_vectors_in_order(client: openai.OpenAI) -> None:
+    body = {"model": MODEL, "input": SHORT_TEXTS, "encoding_format": "bytes_only"}
+    answer = httpx.post(f"{client.base_url}embeddings", json=body)
+    assert answer.headers["content-type"] == "application/octet-stream"
+    vectors = np.frombuffer(answer.content, np.float32).reshape(len(SHORT_TEXTS), -1)
+    for text, vector in zip(SHORT_TEXTS, vectors, strict=True):
+        assert reference.cosine(vector.tolist(), reference.embed(text)) > 0.999

@@ -32,6 +32,13 @@ STORY = {
 CHAT = "/v1/chat/completions"
 
 
+@pytest.fixture(scope="module")
+def galley() -> Iterator[Server]:
+    """A server of its own, which these tests end."""
+    with galley_serve() as server:
+        yield server
+
+
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -28,7 +28,7 @@ def galley(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "weights": MODEL,
             "tasks": ["embed"],
             "engine": engine,
-            "embedding": {"pooling": "last"},
+            "embedding": {"method": "last"},
         },
     ]
     path = tmp_path_factory.mktemp("tasks") / "galley.yaml"

@@ -62,7 +62,7 @@ def llama(tmp_path: Path) -> Path:
         "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 64,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 4,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "vocab_size": 128,

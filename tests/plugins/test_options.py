@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 
 
@@ -16,24 +17,28 @@ def configured(additional: Any) -> SimpleNamespace:
 
 @pytest.mark.parametrize(
     "options",
-    [PluginOptions(), PluginOptions(embed=True, pooling="mean"), PluginOptions(embed=True, pooling="last")],
+    [
+        PluginOptions(),
+        PluginOptions(embedding=EmbeddingOptions()),
+        PluginOptions(embedding=EmbeddingOptions(method="token-prepending", exit_layer=5), step_tokens=48),
+    ],
 )
 def test_options_survive_the_way_through_a_command_line(options: PluginOptions) -> None:
     carried = json.loads(json.dumps(options.to_additional_config()))
     assert PluginOptions.from_vllm_config(configured(carried)) == options
 
 
-@pytest.mark.parametrize("additional", [{}, {"another_plugin": {"embed": True}}, None, "hashable"])
+@pytest.mark.parametrize("additional", [{}, {"another_plugin": {"generate": True}}, None, "hashable"])
 def test_without_options_of_galley_every_plugin_is_off(additional: Any) -> None:
-    assert not PluginOptions.from_vllm_config(configured(additional)).embed
+    assert not PluginOptions.from_vllm_config(configured(additional)).pools
 
 
 def test_an_option_of_another_version_is_named() -> None:
-    later = configured({"galley": {"embed": True, "draft": 8, "banana": 1}})
+    later = configured({"galley": {"generate": True, "draft": 8, "banana": 1}})
     with pytest.raises(ValueError, match=r"additional_config\.galley: unknown option banana, draft"):
         PluginOptions.from_vllm_config(later)
 
 
-def test_an_unknown_pooling_is_refused_with_what_was_found_and_expected() -> None:
-    with pytest.raises(ValueError, match="pooling: found 'max', expected one of mean, last"):
-        PluginOptions.from_vllm_config(configured({"galley": {"pooling": "max"}}))
+def test_an_unknown_method_is_refused_with_what_was_found_and_expected() -> None:
+    with pytest.raises(ValueError, match=r"embedding\.method: found 'max', expected one of mean, last"):
+        PluginOptions.from_vllm_config(configured({"galley": {"embedding": {"method": "max"}}}))

@@ -15,9 +15,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("own_environment")
 
 BLOCK = 16
 PROMPT = list(range(50))  # three whole blocks and two tokens more
-MEAN = PluginOptions(embed=True, pooling="mean")
-LAST = PluginOptions(embed=True, pooling="last")
+MEAN = PluginOptions(embedding=EmbeddingOptions())
+LAST = PluginOptions(embedding=EmbeddingOptions(method="last"))
 OFF = PluginOptions()
 
 
@@ -135,3 +136,44 @@ def test_an_embedding_ends_with_the_step_that_brings_its_vector_and_no_token(mod
     assert outputs["chat"].new_token_ids == [7]
     assert not outputs["chat"].finished
     assert mean.schedule().num_scheduled_tokens == {"chat": 1}
+
+
+WHOLE = PluginOptions(
+    embedding=EmbeddingOptions(method="token-prepending", start_layer=1, exit_layer=2), step_tokens=32
+)
+
+
+def test_a_prompt_of_one_step_gets_it_however_few_tokens_a_step_has(model: ModelConfig) -> None:
+    """50 tokens against 32 a step: the chat's prompt is split, the embedding's is not."""
+    whole = scheduler(model, WHOLE)
+    assert first_chunks(whole, chat("chat")) == {"chat": (0, 32)}
+    whole.add_request(embedding("vector"))
+    step = whole.schedule()
+    assert step.num_scheduled_tokens == {"chat": 18, "vector": 50}
+    assert whole.schedule().num_scheduled_tokens.get("vector") is None
+
+
+def test_it_waits_where_others_take_the_step(model: ModelConfig) -> None:
+    whole = scheduler(model, WHOLE)
+    for request in (chat("one"), embedding("vector")):
+        whole.add_request(request)
+    assert whole.schedule().num_scheduled_tokens == {"one": 50}
+    assert whole.schedule().num_scheduled_tokens == {"vector": 50}
+
+
+def test_other_keys_and_values_than_a_chats_are_neither_found_nor_read(model: ModelConfig) -> None:
+    whole = scheduler(model, WHOLE)
+    assert first_chunks(whole, embedding("vector")) == {"vector": (0, 50)}
+    assert first_chunks(whole, chat("chat"))["chat"][0] == 0
+    whole = scheduler(model, WHOLE)
+    whole.add_request(chat("chat"))
+    for _ in range(2):
+        whole.schedule()
+    assert first_chunks(whole, embedding("vector")) == {"vector": (0, 50)}
+
+
+def test_an_aborted_prompt_no_longer_makes_steps_large(model: ModelConfig) -> None:
+    whole = scheduler(model, WHOLE)
+    whole.add_request(embedding("vector"))
+    whole.finish_requests("vector", RequestStatus.FINISHED_ABORTED)
+    assert first_chunks(whole, chat("chat")) == {"chat": (0, 32)}

@@ -18,7 +18,7 @@ def test_the_command_names_everything_the_model_is_configured_with():
         tasks=frozenset({"embed"}),
         device="cpu",
         compile="off",
-        embedding={"pooling": "last", "normalize": False},
+        embedding={"method": "last", "normalize": False},
         engine={"max_model_len": 2048, "--dtype": "float32"},
     )
     command = worker_command(model, "127.0.0.1", 4321)
@@ -32,22 +32,21 @@ def test_the_command_names_everything_the_model_is_configured_with():
         "--tasks": "embed",
         "--device": "cpu",
         "--compile": "off",
-        "--pooling": "last",
     }.items():
         assert (flag, value) in pairs
-    assert "--no-normalize" in command
+    assert json.loads(command[command.index("--embedding") + 1]) == {"method": "last", "normalize": False}
     assert json.loads(command[command.index("--engine") + 1]) == {"max-model-len": 2048, "dtype": "float32"}
 
 
 def test_the_worker_package_reads_the_command_as_it_was_meant():
     from galley_plugins.worker.spec import parse
 
-    model = ModelConfig(name="m", engine={"max-model-len": 64}, embedding={"pooling": "last"})
+    model = ModelConfig(name="m", engine={"max-model-len": 64}, embedding={"method": "last"})
     spec = parse(worker_command(model, "127.0.0.1", 1)[3:])
     assert spec.names == ("m",)
     assert spec.tasks == {"generate", "embed"}
-    assert spec.pooling == "last"
-    assert spec.normalize
+    assert spec.embedding.method == "last"
+    assert spec.embedding.normalize
     assert spec.engine == {"max-model-len": 64}
 
 

@@ -24,7 +24,7 @@ def compose_runner(base: type[Any], options: PluginOptions, *, v2: bool) -> type
         from galley_plugins.runners.speculation_v2 import SpeculationV2
 
         mixins.append(SpeculationV2)  # before embedding, to see which rows it drops
-    if options.embed:
+    if options.pools:
         if v2:
             from galley_plugins.runners.v2 import EmbeddingV2
 

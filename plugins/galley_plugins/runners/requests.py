@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
+from galley_plugins.embedding.pooling import PromptRows
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,8 +23,9 @@ def register_prompt(pooler: PromptPooler, request: Any) -> None:
     length = (
         len(request.prompt_token_ids) if request.prompt_token_ids is not None else len(request.prompt_embeds)
     )
+    rows = PromptRows.of(length, params.extra_kwargs)
     pooler.add(
-        request.req_id, length, dimensions=params.dimensions, normalize=params.use_activation is not False
+        request.req_id, rows, dimensions=params.dimensions, normalize=params.use_activation is not False
     )
     request.pooling_params = None
     request.sampling_params = SamplingParams(temperature=0.0, max_tokens=1)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from galley_plugins.embedding.pooling import PromptPooler
-from galley_plugins.options import PluginOptions
+from galley_plugins.runners.embedding import EmbeddingRows
 from galley_plugins.runners.requests import register_prompt, with_vectors
 
 if TYPE_CHECKING:
@@ -21,20 +20,33 @@ class EmbeddingV1:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
-        self.prompt_pooler = PromptPooler(PluginOptions.from_vllm_config(vllm_config).pooling)
+        self.embedding = EmbeddingRows(vllm_config)
 
     def get_supported_tasks(self) -> tuple[str, ...]:
-        return (*super().get_supported_tasks(), "embed")  # type: ignore[misc]
+        return self.embedding.tasks(super().get_supported_tasks())  # type: ignore[misc]
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self.embedding.attach(self.get_model())
 
     def _update_states(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         for request_id in scheduler_output.finished_req_ids:
-            self.prompt_pooler.remove(request_id)
+            self.embedding.pooler.remove(request_id)
         for request in scheduler_output.scheduled_new_reqs:
-            register_prompt(self.prompt_pooler, request)
+            register_prompt(self.embedding.pooler, request)
         return super()._update_states(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
+    def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_inputs(*args, **kwargs)  # type: ignore[misc]
+        if self.embedding.pooler:
+            batch = self.input_batch
+            self.embedding.begin_step(
+                batch.req_ids, self.query_start_loc.np, batch.num_computed_tokens_cpu, self.device
+            )
+        return prepared
+
     def sample_tokens(self, grammar_output: Any) -> Any:
-        vectors = self._pool_embedding_rows() if self.prompt_pooler else None
+        vectors = self._pool_embedding_rows() if self.embedding.pooler else None
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         return output if vectors is None else with_vectors(output, vectors)
 
@@ -47,20 +59,13 @@ class EmbeddingV1:
         state = self.execute_model_state
         if state is None:  # not the last pipeline rank
             return None
-        pooler: PromptPooler = self.prompt_pooler
-        starts = self.query_start_loc.np  # [requests + 1]
-        vectors: dict[str, torch.Tensor] = {}
-        found = False
-        for row, request_id in enumerate(self.input_batch.req_ids):
-            if request_id not in pooler:
-                continue
-            found = True
-            chunk = state.hidden_states[int(starts[row]) : int(starts[row + 1])]
-            vector = pooler.pool(request_id, chunk, int(self.input_batch.num_computed_tokens_cpu[row]))
-            if vector is not None:
-                vectors[request_id] = vector.cpu()
-            self.discard_request_mask.np[row] = True
-        if not found:
+        batch = self.input_batch
+        rows = [row for row, request_id in enumerate(batch.req_ids) if request_id in self.embedding.pooler]
+        if not rows:
             return None
-        self.discard_request_mask.copy_to_gpu(self.input_batch.num_reqs)
-        return vectors
+        vectors = self.embedding.end_step(
+            rows, batch.req_ids, self.query_start_loc.np, batch.num_computed_tokens_cpu, state.hidden_states
+        )
+        self.discard_request_mask.np[rows] = True
+        self.discard_request_mask.copy_to_gpu(batch.num_reqs)
+        return {request_id: vector.cpu() for request_id, vector in vectors.items()}

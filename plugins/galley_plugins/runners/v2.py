@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from galley_plugins.embedding.pooling import PromptPooler
-from galley_plugins.options import PluginOptions
+from galley_plugins.runners.embedding import EmbeddingRows
 from galley_plugins.runners.requests import register_prompt, with_vectors
 
 if TYPE_CHECKING:
@@ -21,22 +20,34 @@ class EmbeddingV2:
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
-        self.prompt_pooler = PromptPooler(PluginOptions.from_vllm_config(vllm_config).pooling)
+        self.embedding = EmbeddingRows(vllm_config)
         self._step_vectors: dict[str, torch.Tensor] | None = None
 
     def get_supported_tasks(self) -> tuple[str, ...]:
-        return (*super().get_supported_tasks(), "embed")  # type: ignore[misc]
+        return self.embedding.tasks(super().get_supported_tasks())  # type: ignore[misc]
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self.embedding.attach(self.get_model())
 
     def finish_requests(self, scheduler_output: Any) -> None:
         # A preempted request comes back as a new one, so only finished ones are forgotten.
         for request_id in scheduler_output.finished_req_ids:
-            self.prompt_pooler.remove(request_id)
+            self.embedding.pooler.remove(request_id)
         super().finish_requests(scheduler_output)  # type: ignore[misc]
 
     def add_requests(self, scheduler_output: Any) -> None:
         for request in scheduler_output.scheduled_new_reqs:
-            register_prompt(self.prompt_pooler, request)
+            register_prompt(self.embedding.pooler, request)
         super().add_requests(scheduler_output)  # type: ignore[misc]
+
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = super().prepare_inputs(*args, **kwargs)  # type: ignore[misc]
+        if self.embedding.pooler:
+            self.embedding.begin_step(
+                batch.req_ids, batch.query_start_loc_np, batch.num_computed_tokens_np, self.device
+            )
+        return batch
 
     def sample(
         self, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any
@@ -44,7 +55,9 @@ class EmbeddingV2:
         sampler_output, num_sampled, num_rejected = super().sample(  # type: ignore[misc]
             hidden_states, input_batch, grammar_output
         )
-        rows = [row for row, request_id in enumerate(input_batch.req_ids) if request_id in self.prompt_pooler]
+        rows = [
+            row for row, request_id in enumerate(input_batch.req_ids) if request_id in self.embedding.pooler
+        ]
         if rows:
             num_sampled[rows] = 0
             self._step_vectors = self._pool_rows(rows, hidden_states, input_batch)
@@ -57,15 +70,14 @@ class EmbeddingV2:
 
         Their copies are queued on the main stream before vLLM's own, whose event the output waits for.
         """
-        starts = input_batch.query_start_loc_np  # [requests + 1]
-        vectors: dict[str, torch.Tensor] = {}
-        for row in rows:
-            request_id = input_batch.req_ids[row]
-            chunk = hidden_states[int(starts[row]) : int(starts[row + 1])]
-            vector = self.prompt_pooler.pool(request_id, chunk, int(input_batch.num_computed_tokens_np[row]))
-            if vector is not None:
-                vectors[request_id] = vector.to("cpu", non_blocking=True)
-        return vectors
+        vectors = self.embedding.end_step(
+            rows,
+            input_batch.req_ids,
+            input_batch.query_start_loc_np,
+            input_batch.num_computed_tokens_np,
+            hidden_states,
+        )
+        return {request_id: vector.to("cpu", non_blocking=True) for request_id, vector in vectors.items()}
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         self._step_vectors = None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from galley_plugins.embedding.options import WHOLE_PROMPT
 from galley_plugins.models import engine_options
 from galley_plugins.worker.memory import available_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from galley_plugins.options import PluginOptions
     from galley_plugins.worker.device import Device
     from galley_plugins.worker.spec import WorkerSpec
 
@@ -21,6 +24,8 @@ GiB = 1024**3
 # gone. This keeps a step of a small model near 100 ms. Longer ones cost less per token; measured on two cores
 # with the built-in model in float32: 2.1 ms with 48 tokens, 1.9 with 64, 1.6 with 128, 1.5 with 256.
 PREFILL_TOKENS_PER_CORE = 24
+
+MOST_REQUESTS = 1024  # that vLLM runs at once by default, on a large GPU
 
 # Where vLLM's parser differs from its habit of `--no-NAME` for false and `--NAME a b` for a list.
 SWITCHES = {
@@ -42,7 +47,6 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         "served-model-name": list(spec.names),
         "worker-cls": f"galley_plugins.runners.{device}_worker.Galley{device.upper()}Worker",
         "disable-uvicorn-access-log": True,
-        "additional-config": spec.plugin_options.to_additional_config(),
         "enforce-eager": spec.compile == "off" or (spec.compile == "auto" and device == "cpu"),
         **_task_options(spec),
         **(_cpu_options() if device == "cpu" else {}),
@@ -50,6 +54,10 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         **engine_options(spec.weights, device),
     }
     passed = dict(spec.engine)
+    plugins = spec.plugin_options()
+    if plugins.embedding is not None and plugins.embedding.method in WHOLE_PROMPT:
+        plugins = _room_for_whole_prompts(spec, plugins, options, passed)
+    options["additional-config"] = plugins.to_additional_config()
     if "embed" in spec.tasks:
         options["hf-overrides"] = {"is_matryoshka": True, **(passed.pop("hf-overrides", None) or {})}
     return ["--model", str(model), *_render({**options, **passed})]
@@ -60,18 +68,37 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
     generate = {"tool-strict-level": "parameter"} if "generate" in spec.tasks else {}
     if "embed" not in spec.tasks:
         return generate
-    if not spec.both_tasks:
+    normalize = spec.embedding.normalize
+    if spec.pooling_runner:
         # An engine for embeddings alone is vLLM's own pooling runner, which means and normalises by itself.
-        pooler = {"task": "embed", "seq_pooling_type": spec.pooling.upper(), "use_activation": spec.normalize}
+        pooling = spec.embedding.method.upper()
+        pooler = {"task": "embed", "seq_pooling_type": pooling, "use_activation": normalize}
         return {"runner": "pooling", "convert": "embed", "pooler-config": pooler}
     # Always LAST here: MEAN would turn chunked prefill and prefix caching off for the whole engine.
-    pooler = {"task": "embed", "seq_pooling_type": "LAST", "use_activation": spec.normalize}
+    pooler = {"task": "embed", "seq_pooling_type": "LAST", "use_activation": normalize}
     return {
         **generate,
         "runner": "generate",
         "pooler-config": pooler,
         "scheduler-cls": "galley_plugins.scheduling.make_scheduler",
     }
+
+
+def _room_for_whole_prompts(
+    spec: WorkerSpec, plugins: PluginOptions, options: dict[str, Any], passed: dict[str, Any]
+) -> PluginOptions:
+    """Let a batch be large enough for a prompt that runs in one step beside every chat.
+
+    A step without such a prompt is no larger than before.
+    """
+    step = passed.pop("max-num-batched-tokens", options.get("max-num-batched-tokens"))
+    if step is None:
+        return plugins  # vLLM's own choice for the device is larger
+    requests = passed.get("max-num-seqs", options.get("max-num-seqs", MOST_REQUESTS))
+    drafts = spec.speculation.max_draft_tokens if spec.speculation is not None else 0
+    assert plugins.embedding is not None
+    options["max-num-batched-tokens"] = plugins.embedding.max_tokens + int(requests) * (1 + drafts)
+    return replace(plugins, step_tokens=step)
 
 
 def _speculation_options(spec: WorkerSpec, device: Device) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from galley_plugins.options import PluginOptions, Pooling
+from galley_plugins.embedding.options import EmbeddingOptions
+from galley_plugins.options import PluginOptions
 from galley_plugins.speculation.options import SpeculationOptions
 
 TASKS = ("generate", "embed")
@@ -22,6 +23,7 @@ class WorkerSpec:
         names: the names that requests may call the model by; the first is the model's own.
         tasks: "generate", "embed" or both.
         engine: options of `vllm serve` by flag name; they win over Galley's defaults.
+        embedding: how texts become vectors.
         compile: torch.compile on, off, or what suits the device.
         speculation: draft and verify; None is off.
     """
@@ -32,24 +34,30 @@ class WorkerSpec:
     host: str = "127.0.0.1"
     tasks: frozenset[str] = frozenset(TASKS)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    pooling: Pooling = "mean"
-    normalize: bool = True
+    embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
     compile: Literal["auto", "on", "off"] = "auto"
     speculation: SpeculationOptions | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def both_tasks(self) -> bool:
-        return self.tasks == frozenset(TASKS)
+    def pooling_runner(self) -> bool:
+        """An engine that only pools plain means or last rows is vLLM's own for that."""
+        plain = self.embedding.method in ("mean", "last") and self.embedding.output_layer is None
+        return self.tasks == frozenset({"embed"}) and plain
 
     @property
     def compiled(self) -> bool:
         """torch.compile runs the model on a CPU; on CUDA that is vLLM's own choice."""
         return not self.engine.get("enforce-eager", self.compile != "on")
 
-    @property
-    def plugin_options(self) -> PluginOptions:
-        return PluginOptions(embed=self.both_tasks, pooling=self.pooling, speculation=self.speculation)
+    def plugin_options(self, step_tokens: int | None = None) -> PluginOptions:
+        return PluginOptions(
+            embedding=self.embedding if "embed" in self.tasks else None,
+            vllm_pools=self.pooling_runner,
+            generate="generate" in self.tasks,
+            step_tokens=step_tokens,
+            speculation=self.speculation,
+        )
 
 
 def parse(arguments: list[str] | None = None) -> WorkerSpec:
@@ -66,9 +74,8 @@ def parse(arguments: list[str] | None = None) -> WorkerSpec:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated: generate, embed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--pooling", choices=("mean", "last"), default="mean")
     parser.add_argument(
-        "--no-normalize", action="store_false", dest="normalize", help="vectors keep their length"
+        "--embedding", type=json.loads, default={}, help="how texts become vectors, as a JSON object"
     )
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile")
     parser.add_argument(
@@ -83,6 +90,10 @@ def parse(arguments: list[str] | None = None) -> WorkerSpec:
         parser.error(f"--tasks: found {','.join(sorted(tasks))!r}, expected generate, embed or both")
     if not isinstance(values["engine"], dict):
         parser.error("--engine: expected a JSON object")
+    try:
+        values["embedding"] = EmbeddingOptions.from_values(values["embedding"])
+    except (ValueError, TypeError) as error:
+        parser.error(f"--embedding: {error}")
     if values["speculation"] is not None:
         if not isinstance(values["speculation"], dict):
             parser.error("--speculation: expected a JSON object")

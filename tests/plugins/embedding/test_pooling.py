@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from galley_plugins.embedding.pooling import PromptPooler
+from galley_plugins.embedding.methods.plain import last_row
+from galley_plugins.embedding.pooling import MeanPool, PromptPooler, PromptRows
 
 HIDDEN = 8
 
@@ -40,6 +41,10 @@ def mean_of(rows: torch.Tensor, dimensions: int | None = None, *, normalize: boo
     return vector / np.linalg.norm(vector) if normalize else vector
 
 
+def pooler_of(pooling: str) -> PromptPooler:
+    return PromptPooler(MeanPool) if pooling == "mean" else PromptPooler(last_row, every_row=False)
+
+
 def feed(pooler: PromptPooler, name: str, rows: torch.Tensor, chunks: list[tuple[int, int]]) -> torch.Tensor:
     """Pool a prompt chunk by chunk; only the last chunk may bring the vector."""
     *earlier, (start, end) = chunks
@@ -56,8 +61,8 @@ def feed(pooler: PromptPooler, name: str, rows: torch.Tensor, chunks: list[tuple
 def test_any_split_into_chunks_gives_the_mean_of_one_pass(
     data: st.DataObject, rows: torch.Tensor, normalize: bool, dimensions: int | None
 ) -> None:
-    pooler = PromptPooler("mean")
-    pooler.add("a", len(rows), dimensions=dimensions, normalize=normalize)
+    pooler = pooler_of("mean")
+    pooler.add("a", PromptRows.of(len(rows), None), dimensions=dimensions, normalize=normalize)
     vector = feed(pooler, "a", rows, data.draw(splits(len(rows))))
     np.testing.assert_allclose(vector.numpy(), mean_of(rows, dimensions, normalize=normalize), atol=1e-5)
 
@@ -67,8 +72,8 @@ def test_any_split_into_chunks_gives_the_mean_of_one_pass(
 def test_any_split_into_chunks_gives_the_last_tokens_row(
     data: st.DataObject, rows: torch.Tensor, dimensions: int | None
 ) -> None:
-    pooler = PromptPooler("last")
-    pooler.add("a", len(rows), dimensions=dimensions)
+    pooler = pooler_of("last")
+    pooler.add("a", PromptRows.of(len(rows), None), dimensions=dimensions)
     vector = feed(pooler, "a", rows, data.draw(splits(len(rows))))
     np.testing.assert_allclose(vector.numpy(), mean_of(rows[-1:], dimensions), atol=1e-5)
 
@@ -78,8 +83,8 @@ def test_any_split_into_chunks_gives_the_last_tokens_row(
 def test_a_prompt_that_starts_over_forgets_what_it_saw_before(
     data: st.DataObject, rows: torch.Tensor, pooling
 ) -> None:
-    pooler = PromptPooler(pooling)
-    pooler.add("a", len(rows))
+    pooler = pooler_of(pooling)
+    pooler.add("a", PromptRows.of(len(rows), None))
     for _ in range(data.draw(st.integers(1, 3), label="preemptions")):
         *begun, _ = data.draw(splits(len(rows)))
         for start, end in begun:
@@ -97,10 +102,10 @@ def test_a_prompt_that_starts_over_forgets_what_it_saw_before(
 def test_prompts_whose_chunks_are_interleaved_do_not_mix(
     data: st.DataObject, inputs: list[torch.Tensor], order
 ) -> None:
-    pooler = PromptPooler("mean")
+    pooler = pooler_of("mean")
     waiting = {}
     for name, rows in enumerate(inputs):
-        pooler.add(str(name), len(rows))
+        pooler.add(str(name), PromptRows.of(len(rows), None))
         waiting[name] = data.draw(splits(len(rows)))
     vectors: dict[int, torch.Tensor | None] = {}
     while waiting:
@@ -115,10 +120,12 @@ def test_prompts_whose_chunks_are_interleaved_do_not_mix(
 
 def test_a_worked_example_of_mean_dimensions_and_length() -> None:
     rows = torch.tensor([[2.0, 8.0, 1.0], [4.0, 0.0, 9.0]])  # mean 3, 4, 5
-    pooler = PromptPooler("mean")
-    pooler.add("raw", 2, normalize=False)
-    pooler.add("short", 2, dimensions=2)  # 3-4-5 triangle: shortened first, then made unit length
-    pooler.add("short raw", 2, dimensions=2, normalize=False)
+    pooler = pooler_of("mean")
+    pooler.add("raw", PromptRows.of(2, None), normalize=False)
+    pooler.add(
+        "short", PromptRows.of(2, None), dimensions=2
+    )  # 3-4-5 triangle: shortened first, then made unit length
+    pooler.add("short raw", PromptRows.of(2, None), dimensions=2, normalize=False)
     expected = {"raw": [3.0, 4.0, 5.0], "short": [0.6, 0.8], "short raw": [3.0, 4.0]}
     for name, vector in expected.items():
         pooled = pooler.pool(name, rows, 0)
@@ -128,8 +135,8 @@ def test_a_worked_example_of_mean_dimensions_and_length() -> None:
 
 def test_long_bf16_prompts_are_summed_in_float32() -> None:
     rows = torch.ones(1000, 2, dtype=torch.bfloat16)  # a bf16 sum of ones stops growing at 256
-    pooler = PromptPooler("mean")
-    pooler.add("a", 1000, normalize=False)
+    pooler = pooler_of("mean")
+    pooler.add("a", PromptRows.of(1000, None), normalize=False)
     assert feed(pooler, "a", rows, [(0, 400), (400, 1000)]).tolist() == [1.0, 1.0]
 
 
@@ -142,8 +149,8 @@ def test_a_mean_refuses_a_chunk_that_does_not_follow_the_last_one(
     seen: list[tuple[int, int]], start: int
 ) -> None:
     rows = torch.ones(32, HIDDEN)
-    pooler = PromptPooler("mean")
-    pooler.add("chatcmpl-7", 32)
+    pooler = pooler_of("mean")
+    pooler.add("chatcmpl-7", PromptRows.of(32, None))
     for begin, end in seen:
         pooler.pool("chatcmpl-7", rows[begin:end], begin)
     expected = seen[-1][1] if seen else 0
@@ -152,16 +159,16 @@ def test_a_mean_refuses_a_chunk_that_does_not_follow_the_last_one(
 
 
 def test_the_last_token_needs_no_row_before_it() -> None:
-    pooler = PromptPooler("last")
-    pooler.add("a", 20, normalize=False)
+    pooler = pooler_of("last")
+    pooler.add("a", PromptRows.of(20, None), normalize=False)
     assert feed(pooler, "a", torch.arange(20.0).reshape(20, 1), [(16, 20)]).tolist() == [19.0]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_a_vector_outlives_the_runners_buffer(pooling) -> None:
     rows = torch.full((3, 2), 4.0)
-    pooler = PromptPooler(pooling)
-    pooler.add("a", 3, normalize=False)
+    pooler = pooler_of(pooling)
+    pooler.add("a", PromptRows.of(3, None), normalize=False)
     vector = feed(pooler, "a", rows, [(0, 3)])
     rows.zero_()  # the next step writes its rows there
     assert vector.tolist() == [4.0, 4.0]
@@ -169,8 +176,8 @@ def test_a_vector_outlives_the_runners_buffer(pooling) -> None:
 
 def test_earlier_chunks_outlive_the_runners_buffer() -> None:
     buffer = torch.full((2, 2), 4.0)
-    pooler = PromptPooler("mean")
-    pooler.add("a", 4, normalize=False)
+    pooler = pooler_of("mean")
+    pooler.add("a", PromptRows.of(4, None), normalize=False)
     pooler.pool("a", buffer[:1], 0)
     pooler.pool("a", buffer[:1].fill_(6.0), 1)
     vector = pooler.pool("a", buffer.fill_(1.0), 2)
@@ -179,16 +186,16 @@ def test_earlier_chunks_outlive_the_runners_buffer() -> None:
 
 
 def test_a_zero_vector_stays_zero_and_is_never_nan() -> None:
-    pooler = PromptPooler("mean")
-    pooler.add("a", 2)
+    pooler = pooler_of("mean")
+    pooler.add("a", PromptRows.of(2, None))
     assert feed(pooler, "a", torch.zeros(2, 3), [(0, 2)]).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_requests_are_known_until_they_are_removed() -> None:
-    pooler = PromptPooler("mean")
+    pooler = pooler_of("mean")
     assert not pooler
-    pooler.add("a", 2)
-    pooler.add("b", 2)
+    pooler.add("a", PromptRows.of(2, None))
+    pooler.add("b", PromptRows.of(2, None))
     pooler.remove("a")
     pooler.remove("a")
     assert "a" not in pooler
@@ -197,10 +204,10 @@ def test_requests_are_known_until_they_are_removed() -> None:
 
 
 def test_a_known_id_that_is_added_again_is_another_prompt() -> None:
-    pooler = PromptPooler("mean")
-    pooler.add("a", 4)
+    pooler = pooler_of("mean")
+    pooler.add("a", PromptRows.of(4, None))
     pooler.pool("a", torch.ones(3, 2), 0)
-    pooler.add("a", 2, dimensions=1, normalize=False)
+    pooler.add("a", PromptRows.of(2, None), dimensions=1, normalize=False)
     assert feed(pooler, "a", torch.tensor([[1.0, 0.0], [3.0, 0.0]]), [(0, 1), (1, 2)]).tolist() == [2.0]
 
 
@@ -209,14 +216,14 @@ def test_an_empty_prompt_is_refused(length: int) -> None:
     with pytest.raises(
         ValueError, match=f"request a: found a prompt of {length} tokens, expected at least 1"
     ):
-        PromptPooler("mean").add("a", length)
+        pooler_of("mean").add("a", PromptRows.of(length, None))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_rows_past_the_prompt_are_padding(pooling: Literal["mean", "last"]) -> None:
     rows = torch.randn(5, HIDDEN)
-    pooler = PromptPooler(pooling)
-    pooler.add("a", 3)
+    pooler = pooler_of(pooling)
+    pooler.add("a", PromptRows.of(3, None))
     assert pooler.pool("a", rows[:2], 0) is None
     expected = mean_of(rows[:3]) if pooling == "mean" else mean_of(rows[2:3])
     vector = pooler.pool("a", rows[2:], 2)

@@ -16,6 +16,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, M
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.gpu_model_runner import ExecuteModelState
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.v1 import EmbeddingV1
 from galley_plugins.runners.v2 import EmbeddingV2
@@ -229,11 +230,12 @@ MIXINS = {"v1": (EmbeddingV1, FakeRunnerV1), "v2": (EmbeddingV2, FakeRunnerV2)}
 
 @pytest.fixture
 def runner_of() -> Any:
-    """A runner of a version with its mixin; by version, kind of pooling and whether outputs come later."""
+    """A runner of a version with its mixin; by version, method and whether outputs come later."""
 
-    def build(version: str, pooling: str = "mean", *, asynchronous: bool = False) -> Any:
-        additional = PluginOptions(embed=True, pooling=pooling).to_additional_config()
-        config = SimpleNamespace(additional_config=additional, asynchronous=asynchronous)
+    def build(version: str, method: str = "mean", *, asynchronous: bool = False) -> Any:
+        additional = PluginOptions(embedding=EmbeddingOptions(method=method)).to_additional_config()
+        model = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=2))
+        config = SimpleNamespace(additional_config=additional, model_config=model, asynchronous=asynchronous)
         return type("Runner", MIXINS[version], {})(config, torch.device("cpu"))
 
     return build

@@ -95,9 +95,9 @@ def test_a_finished_embedding_is_forgotten(
 ) -> None:
     rows = prompts.rows(6)
     runner.run(step([("e", rows[:computed], 0)], new=[embedding("e", 6)]))
-    assert len(runner.prompt_pooler) == 1
+    assert len(runner.embedding.pooler) == 1
     runner.run(step([("c", prompts.rows(2), 0)], new=[chat("c", 2)], finished={"e", "unknown"}))
-    assert len(runner.prompt_pooler) == 0
+    assert len(runner.embedding.pooler) == 0
     # Its id may come back as a chat, which is none of the pooler's business.
     output = runner.run(step([("e", prompts.rows(2), 0)], new=[chat("e", 2)]))
     assert output is runner.output

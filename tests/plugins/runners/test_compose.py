@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from galley_plugins import vllm_compat
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 
-EMBED = PluginOptions(embed=True)
+EMBED = PluginOptions(embedding=EmbeddingOptions())
 RUNNERS = [("vllm.v1.worker.gpu_model_runner", False), ("vllm.v1.worker.gpu.model_runner", True)]
 
 
@@ -37,7 +38,8 @@ def test_a_runner_with_embeddings_is_a_runner_of_vllm(
     composed = compose_runner(base, EMBED, v2=v2)
     assert issubclass(composed, base)
     assert composed.__name__ == "GalleyGPUModelRunner"
-    config = SimpleNamespace(additional_config=EMBED.to_additional_config())
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=2))
+    config = SimpleNamespace(additional_config=EMBED.to_additional_config(), model_config=model)
     runner = composed(config, "device")
     assert built == [(config, "device")]
     assert runner.get_supported_tasks() == ("generate", "embed")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.cpu_worker import GalleyCPUWorker
 
@@ -19,7 +20,7 @@ MODULES = {False: "vllm.v1.worker.cpu_worker", True: "vllm.v1.worker.cpu.model_r
 def worker(*, v2: bool, embed: bool = True) -> Any:
     """A worker as it is before it has a device."""
     bare = object.__new__(GalleyCPUWorker)
-    options = PluginOptions(embed=embed).to_additional_config()
+    options = PluginOptions(embedding=EmbeddingOptions() if embed else None).to_additional_config()
     bare.vllm_config = SimpleNamespace(additional_config=options)
     bare.use_v2_model_runner = v2
     return bare
@@ -61,10 +62,11 @@ PROGRAM = """
 import json, sys
 import galley_plugins.registration, galley_plugins.scheduling, galley_plugins.status
 import galley_plugins.runners.cpu_worker
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from vllm.v1.worker.cpu_worker import CPUModelRunner
-compose_runner(CPUModelRunner, PluginOptions(embed=True), v2=False)
+compose_runner(CPUModelRunner, PluginOptions(embedding=EmbeddingOptions()), v2=False)
 import torch
 print(json.dumps([sorted(sys.modules), torch.cuda.is_initialized()]))
 """

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.cuda_worker import GalleyCUDAWorker
 from galley_plugins.runners.v1 import EmbeddingV1
@@ -25,7 +26,9 @@ def test_the_worker_builds_its_runner_on_its_device(
     built: list[tuple[Any, ...]] = []
     monkeypatch.setattr(base, "__init__", lambda self, *arguments: built.append(arguments))
     worker: Any = object.__new__(GalleyCUDAWorker)
-    worker.vllm_config = SimpleNamespace(additional_config=PluginOptions(embed=embed).to_additional_config())
+    options = PluginOptions(embedding=EmbeddingOptions() if embed else None)
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=2))
+    worker.vllm_config = SimpleNamespace(additional_config=options.to_additional_config(), model_config=model)
     worker.use_v2_model_runner, worker.device = v2, "cuda:0"
     runner = worker._make_model_runner()
     assert isinstance(runner, base)

@@ -9,7 +9,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
-from galley_plugins.embedding.pooling import PromptPooler
+from galley_plugins.embedding.pooling import MeanPool, PromptPooler
 from galley_plugins.runners.requests import register_prompt, with_vectors
 
 
@@ -35,7 +35,7 @@ def pooled(pooler: PromptPooler, rows: list[list[float]]) -> list[float]:
 
 def test_an_embedding_becomes_one_greedy_token_for_the_runner() -> None:
     request = new_request(pooling_params=PoolingParams(task="embed"))
-    register_prompt(PromptPooler("mean"), request)
+    register_prompt(PromptPooler(MeanPool), request)
     assert request.pooling_params is None
     assert request.sampling_params is not None
     assert request.sampling_params.max_tokens == 1
@@ -46,7 +46,7 @@ def test_an_embedding_becomes_one_greedy_token_for_the_runner() -> None:
 def test_a_chat_is_left_as_it_is() -> None:
     parameters = SamplingParams(temperature=0.7, max_tokens=9)
     request = new_request(sampling_params=parameters)
-    pooler = PromptPooler("mean")
+    pooler = PromptPooler(MeanPool)
     register_prompt(pooler, request)
     assert request.sampling_params is parameters
     assert not pooler
@@ -65,7 +65,7 @@ def test_a_chat_is_left_as_it_is() -> None:
 def test_what_the_request_asks_of_its_vector_is_kept(
     parameters: dict[str, Any], expected: list[float]
 ) -> None:
-    pooler = PromptPooler("mean")
+    pooler = PromptPooler(MeanPool)
     register_prompt(pooler, new_request(pooling_params=PoolingParams(task="embed", **parameters)))
     assert pooled(pooler, [[3.6, 4.8, 8.0]] * 3) == pytest.approx(expected)
 
@@ -74,7 +74,7 @@ def test_a_prompt_of_embeddings_is_as_long_as_its_rows() -> None:
     request = new_request(
         prompt_token_ids=None, prompt_embeds=torch.zeros(2, 16), pooling_params=PoolingParams(task="embed")
     )
-    pooler = PromptPooler("mean")
+    pooler = PromptPooler(MeanPool)
     register_prompt(pooler, request)
     assert pooled(pooler, [[0.0, 2.0], [0.0, 4.0]]) == [0.0, 1.0]
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from galley_plugins import vllm_compat
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.self_speculation_v1 import (
@@ -22,7 +23,7 @@ from galley_plugins.runners.self_speculation_v1 import (
 from galley_plugins.runners.speculation_v1 import SpeculationV1
 from galley_plugins.speculation.options import SpeculationOptions
 
-SELF = PluginOptions(embed=True, speculation=SpeculationOptions(method="self"))
+SELF = PluginOptions(embedding=EmbeddingOptions(), speculation=SpeculationOptions(method="self"))
 
 
 class Layer(nn.Module):

@@ -16,6 +16,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from galley_plugins import vllm_compat
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.speculation_v2 import SpeculationV2, TableSpeculator
@@ -293,6 +294,6 @@ def test_whatever_is_overridden_exists_in_vllm_and_is_checked_at_start() -> None
 
 
 def test_speculation_sees_a_step_before_and_after_the_embedding_mixin() -> None:
-    options = PluginOptions(embed=True, speculation=OPTIONS)
+    options = PluginOptions(embedding=EmbeddingOptions(), speculation=OPTIONS)
     names = [each.__name__ for each in compose_runner(MODULE.GPUModelRunner, options, v2=True).__mro__]
     assert names[1:4] == ["SpeculationV2", "EmbeddingV2", "GPUModelRunner"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.worker import arguments
@@ -27,6 +28,7 @@ BUILTIN = "builtin:smollm2-135m-instruct"
 BOTH = WorkerSpec(weights="some/model", names=("kitchen", "galley"), port=8001)
 GENERATE = replace(BOTH, tasks=frozenset({"generate"}))
 EMBED = replace(BOTH, tasks=frozenset({"embed"}))
+LAST = EmbeddingOptions(method="last", normalize=False)
 
 
 @pytest.fixture
@@ -77,11 +79,11 @@ def test_one_engine_for_both_tasks_generates_and_takes_means_in_the_plugin(
     assert values.scheduler_cls == "galley_plugins.scheduling.make_scheduler"
     assert values.hf_overrides == {"is_matryoshka": True}
     assert values.tool_strict_level == "parameter"
-    assert options_of(values) == PluginOptions(embed=True, pooling="mean")
-    values = served(replace(BOTH, pooling="last", normalize=False))
+    assert options_of(values) == PluginOptions(embedding=EmbeddingOptions())
+    values = served(replace(BOTH, embedding=LAST))
     assert values.pooler_config.seq_pooling_type == "LAST"
     assert values.pooler_config.use_activation is False
-    assert options_of(values) == PluginOptions(embed=True, pooling="last")
+    assert options_of(values) == PluginOptions(embedding=LAST)
 
 
 def test_an_engine_that_only_generates_is_vllms_own(
@@ -90,20 +92,20 @@ def test_an_engine_that_only_generates_is_vllms_own(
     values = served(GENERATE)
     assert untouched(parser, values, "runner", "convert", "pooler_config", "scheduler_cls", "hf_overrides")
     assert values.tool_strict_level == "parameter"
-    assert not options_of(values).embed
+    assert not options_of(values).pools
 
 
-@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("last", False)])
+@pytest.mark.parametrize(("method", "normalize"), [("mean", True), ("last", False)])
 def test_an_engine_that_only_embeds_is_vllms_own(
-    pooling: Any, normalize: bool, served: Callable[..., Any], parser: argparse.ArgumentParser
+    method: Any, normalize: bool, served: Callable[..., Any], parser: argparse.ArgumentParser
 ) -> None:
-    values = served(replace(EMBED, pooling=pooling, normalize=normalize))
+    values = served(replace(EMBED, embedding=EmbeddingOptions(method=method, normalize=normalize)))
     assert (values.runner, values.convert) == ("pooling", "embed")
-    assert (values.pooler_config.task, values.pooler_config.seq_pooling_type) == ("embed", pooling.upper())
+    assert (values.pooler_config.task, values.pooler_config.seq_pooling_type) == ("embed", method.upper())
     assert values.pooler_config.use_activation is normalize
     assert values.hf_overrides == {"is_matryoshka": True}
     assert untouched(parser, values, "scheduler_cls", "tool_strict_level")
-    assert not options_of(values).embed
+    assert not options_of(values).pools
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -275,20 +277,20 @@ def test_every_list_of_words_of_vllm_arrives_as_a_list(parser: argparse.Argument
     }
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("method", ["mean", "last"])
 def test_an_engine_for_both_tasks_keeps_chunked_prefill_and_prefix_caching(
-    pooling: Any, llama: Path, read_by_vllm: Callable[[list[str]], Any], own_environment: None
+    method: Any, llama: Path, read_by_vllm: Callable[[list[str]], Any], own_environment: None
 ) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    spec = replace(BOTH, pooling=pooling, engine={"skip-tokenizer-init": True})
+    spec = replace(BOTH, embedding=EmbeddingOptions(method=method), engine={"skip-tokenizer-init": True})
     values = read_by_vllm(server_arguments(spec, llama, "cpu"))
     config = AsyncEngineArgs.from_cli_args(values).create_engine_config()
     assert config.model_config.runner_type == "generate"
     assert config.scheduler_config.enable_chunked_prefill
     assert config.cache_config.enable_prefix_caching
     assert config.model_config.is_matryoshka
-    assert PluginOptions.from_vllm_config(config) == PluginOptions(embed=True, pooling=pooling)
+    assert PluginOptions.from_vllm_config(config) == PluginOptions(embedding=EmbeddingOptions(method=method))
 
 
 def speculating(tmp_path: Path, device: str, **options: Any) -> dict[str, Any]:
@@ -317,3 +319,28 @@ def test_speculation_asks_each_runner_for_what_it_takes(
 
 def test_without_speculation_nothing_is_drafted(tmp_path: Path) -> None:
     assert "--speculative-config" not in server_arguments(WorkerSpec("x", ("m",), 1), tmp_path, "cpu")
+
+
+TP = EmbeddingOptions(method="token-prepending")
+
+
+def test_a_batch_has_room_for_a_prompt_of_one_step_and_steps_are_as_small_as_before(
+    served: Callable[..., Any],
+) -> None:
+    plain = served(BOTH)
+    values = served(replace(BOTH, embedding=TP))
+    assert values.max_num_batched_tokens == 2048 + values.max_num_seqs
+    assert values.max_num_seqs == plain.max_num_seqs
+    assert options_of(values).step_tokens == plain.max_num_batched_tokens
+    speculating = replace(BOTH, embedding=TP, speculation=SpeculationOptions(max_draft_tokens=8))
+    values = served(speculating, max_num_seqs=10, max_num_batched_tokens=100)
+    assert values.max_num_batched_tokens == 2048 + 10 * 9
+    assert options_of(values).step_tokens == 100
+
+
+def test_cuda_keeps_vllms_own_batch_which_is_larger(
+    served: Callable[..., Any], parser: argparse.ArgumentParser
+) -> None:
+    values = served(replace(BOTH, embedding=TP), "cuda")
+    assert untouched(parser, values, "max_num_batched_tokens")
+    assert options_of(values).step_tokens is None

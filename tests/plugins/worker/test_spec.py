@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.worker.spec import WorkerSpec, parse
 
@@ -16,8 +17,7 @@ def test_a_worker_does_both_tasks_on_whatever_device_unless_told_otherwise() -> 
         host="127.0.0.1",
         tasks=frozenset({"generate", "embed"}),
         device="auto",
-        pooling="mean",
-        normalize=True,
+        embedding=EmbeddingOptions(),
         compile="auto",
         engine={},
     )
@@ -33,11 +33,10 @@ def test_every_option_reaches_the_worker() -> None:
         "embed",
         "--device",
         "cuda",
-        "--pooling",
-        "last",
     ]
     flags += [
-        "--no-normalize",
+        "--embedding",
+        '{"method": "last", "normalize": false}',
         "--compile",
         "off",
         "--engine",
@@ -50,23 +49,30 @@ def test_every_option_reaches_the_worker() -> None:
         host="0.0.0.0",
         tasks=frozenset({"embed"}),
         device="cuda",
-        pooling="last",
-        normalize=False,
+        embedding=EmbeddingOptions(method="last", normalize=False),
         compile="off",
         engine={"max-model-len": 4096, "hf-overrides": {"a": [1]}},
     )
 
 
 @pytest.mark.parametrize(
-    ("tasks", "expected"),
+    ("tasks", "method", "expected"),
     [
-        ("generate,embed", (True, PluginOptions(embed=True, pooling="last"))),
-        ("embed", (False, PluginOptions(pooling="last"))),
+        ("generate,embed", "last", PluginOptions(embedding=EmbeddingOptions(method="last"))),
+        (
+            "embed",
+            "last",
+            PluginOptions(embedding=EmbeddingOptions(method="last"), vllm_pools=True, generate=False),
+        ),
+        ("embed", "echo", PluginOptions(embedding=EmbeddingOptions(method="echo"), generate=False)),
+        ("generate", "last", PluginOptions()),
     ],
 )
-def test_the_plugins_embed_only_beside_generation(tasks: str, expected: tuple[bool, PluginOptions]) -> None:
-    spec = parse([*LEAST, "--tasks", tasks, "--pooling", "last"])
-    assert (spec.both_tasks, spec.plugin_options) == expected
+def test_vllm_itself_pools_only_plain_rows_where_nothing_is_generated(
+    tasks: str, method: str, expected: PluginOptions
+) -> None:
+    spec = parse([*LEAST, "--tasks", tasks, "--embedding", f'{{"method": "{method}"}}'])
+    assert spec.plugin_options() == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from galley_plugins.runners.layer_taps import LayerTaps, TappedRows, decoder_layers
+
+
+class Layer(nn.Module):
+    """As vLLM's: hidden states and a residual in and out; both move by one with each layer."""
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = hidden_states if residual is None else hidden_states + residual
+        return torch.ones_like(residual), residual
+
+
+def run(layers: Any, states: torch.Tensor) -> torch.Tensor:
+    """The residual stream after all layers."""
+    hidden, residual = states.clone(), None
+    for layer in layers:
+        hidden, residual = layer(torch.arange(len(states)), hidden, residual)
+    return hidden + residual
+
+
+@pytest.fixture
+def layers() -> nn.ModuleList:
+    return nn.ModuleList([Layer() for _ in range(4)])
+
+
+def rows(sources: list[int], targets: list[int], read: list[int]) -> TappedRows:
+    return TappedRows(*(torch.tensor(each, dtype=torch.int64) for each in (sources, targets, read)))
+
+
+STATES = torch.tensor([[10.0], [20.0], [30.0], [40.0]])
+
+
+def test_rows_are_copied_before_the_layers_that_were_named_and_read_before_another(
+    layers: nn.ModuleList,
+) -> None:
+    taps = LayerTaps(layers, range(1, 2), 3)
+    taps.begin(rows(sources=[3], targets=[1], read=[1, 2]))
+    # Before layer 3, three layers have added 1 each; row 1 became row 3 before layer 1.
+    assert run(layers, STATES).tolist() == [[14.0], [44.0], [34.0], [44.0]]
+    read = taps.end()
+    assert read is not None
+    assert read.tolist() == [[43.0], [33.0]]
+
+
+def test_a_step_with_nothing_marked_is_untouched(layers: nn.ModuleList) -> None:
+    taps = LayerTaps(layers, range(1, 3), 2)
+    taps.begin(None)
+    assert run(layers, STATES).tolist() == [[14.0], [24.0], [34.0], [44.0]]
+    assert taps.end() is None
+    taps.begin(rows([0], [1], [2]))
+    taps.end()
+    assert run(layers, STATES).tolist() == [[14.0], [24.0], [34.0], [44.0]]  # as when a draft is computed
+
+
+def test_a_model_that_keeps_its_layers_elsewhere_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"expected a model with model\.layers, SimpleNamespace is built otherwise"
+    ):
+        decoder_layers(SimpleNamespace())
