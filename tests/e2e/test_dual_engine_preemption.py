@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,10 +30,11 @@ def engine() -> Iterator[Server]:
         yield server
 
 
-def test_preempted_chats_and_embeddings_are_unchanged(engine: Server) -> None:
+def test_preempted_chats_and_embeddings_are_unchanged(engine: Server, plain_engine: Server) -> None:
     prompts = [f"Tell me a story about {thing}." for thing in ("a whale", "a clock", "a bridge", "a farmer")]
     texts = [long_text(60, seed=seed) for seed in (1, 2, 3)]
-    alone = [engine.chat(prompt, max_tokens=260, ignore_eos=True) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        alone = list(pool.map(partial(plain_engine.chat, max_tokens=260, ignore_eos=True), prompts))
     before = engine.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(7) as pool:
         chats = [pool.submit(engine.chat, prompt, max_tokens=260, ignore_eos=True) for prompt in prompts]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from loadtest import reference
-from loadtest.servers import FLOAT32, galley_worker
+from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.texts import long_text
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -17,13 +18,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 32
 
 
-def test_preempted_drafts_leave_answers_unchanged() -> None:
+def test_preempted_drafts_leave_answers_unchanged(plain_engine: Server) -> None:
     options = {**FLOAT32, "max-model-len": 512, "kv-cache-memory-bytes": 26 * BLOCK_BYTES, "max-num-seqs": 8}
     options |= {"max-num-batched-tokens": 128, "no-scheduler-reserve-full-isl": True}
     prompts = [f"Tell me a story about {thing}." for thing in ("a whale", "a clock", "a bridge", "a farmer")]
     fields = {"max_tokens": 200, "ignore_eos": True}
+    with ThreadPoolExecutor(4) as pool:
+        alone = list(pool.map(partial(plain_engine.chat, **fields), prompts))
     with galley_worker(options, "--speculation", json.dumps({"method": "hybrid"})) as server:
-        alone = [server.chat(prompt, vllm_xargs={"speculation": 0}, **fields) for prompt in prompts]
         for width in (3, 4):  # with branches, and in a batch too large for them
             before = server.metric("vllm:num_preemptions_total")
             accepted = server.metric("galley_speculation_accepted_tokens_total")

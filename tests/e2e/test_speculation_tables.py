@@ -1,4 +1,4 @@
-"""What a worker has learned outlives it, and a file that is not its own does no harm."""
+"""What a worker has learned outlives it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def answers(server: Server) -> tuple[list[str], float]:
     return texts, tokens / (tokens - accepted)
 
 
-def test_tables_are_saved_loaded_and_refused_when_damaged(tmp_path: Path) -> None:
+def test_tables_are_saved_and_loaded(tmp_path: Path) -> None:
     path = tmp_path / "tables.safetensors"
     flags = ("--speculation", json.dumps({"method": "hybrid", "tables": str(path)}))
     with galley_worker(FLOAT32, *flags) as server:
@@ -39,10 +39,3 @@ def test_tables_are_saved_loaded_and_refused_when_damaged(tmp_path: Path) -> Non
         again, warm = answers(server)
         assert again == texts
         assert warm > cold + 0.5  # the same prompts: nearly everything was written before
-    damaged = bytearray(path.read_bytes())
-    damaged[len(damaged) // 2] ^= 0xFF
-    path.write_bytes(damaged)
-    with galley_worker(FLOAT32, *flags) as server:
-        assert "starts cold" in server.log.read_text()
-        assert "damaged" in server.log.read_text()
-        assert answers(server)[0] == texts
