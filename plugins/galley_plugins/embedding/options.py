@@ -60,6 +60,8 @@ class EmbeddingOptions:
             raise ValueError(
                 f"embedding.instruction_template: found {found!r}, expected {{instruction}} in it"
             )
+        if self.output_layer is not None and self.method in ("mean", "echo"):
+            raise ValueError(f"embedding.output_layer: {self.method} pools the last layer, expected none")
         for name in ("start_layer", "exit_layer"):
             layer = getattr(self, name)
             if layer is None:

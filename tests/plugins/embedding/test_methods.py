@@ -59,6 +59,7 @@ def test_all_others_run_in_chunks_beside_a_cache_that_chats_share(name: str) -> 
             r"prompt: found 'echo', expected \{placeholder\} before",
         ),
         ({"method": "echo", "prompt": "plain"}, r"prompt: found 'plain', expected \{text\} twice"),
+        ({"method": "echo", "output_layer": 4}, r"output_layer: echo pools the last layer, expected none"),
         ({"method": "mean", "exit_layer": 4}, r"exit_layer: only token-prepending has it, not mean"),
         (
             {"method": "token-prepending", "start_layer": 4, "exit_layer": 4},
