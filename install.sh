@@ -4,7 +4,7 @@
 #   gateway  what the gateway alone needs
 #   worker   the gateway and vLLM: the CPU build, or the CUDA build where an NVIDIA GPU is found
 #   embed    worker, and what `galley embed` measures and trains with
-#   dev      embed, and what tests, checks and load tests need
+#   dev      embed, and what tests, checks, load tests and the examples need
 #
 # GALLEY_DEVICE=cpu|cuda overrides what is found; PYTHON names the interpreter. Does nothing when nothing changed.
 set -euo pipefail
@@ -71,8 +71,8 @@ if [ "$kind" = embed ] || [ "$kind" = dev ]; then
     layer embedding | pip install -qq --no-deps -r /dev/stdin
 fi
 if [ "$kind" = dev ]; then
-    say "Installing what tests and checks need"
-    layer development | pip install -qq --no-deps -r /dev/stdin
+    say "Installing what tests, checks and examples need"
+    { layer development; layer examples; } | pip install -qq --no-deps -r /dev/stdin
 fi
 say "Installing Galley"
 pip install -qq --no-deps --no-build-isolation --editable .

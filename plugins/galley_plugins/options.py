@@ -24,6 +24,8 @@ class PluginOptions:
         generate: the engine generates text.
         step_tokens: tokens of a step; None is the most that a batch can have. A prompt that has to run in one
             step may exceed it.
+        embed_step_tokens: the same while only embeddings run, whose clients wait for no single step; None is
+            `step_tokens`.
         speculation: draft and verify; None is off.
     """
 
@@ -31,6 +33,7 @@ class PluginOptions:
     vllm_pools: bool = False
     generate: bool = True
     step_tokens: int | None = None
+    embed_step_tokens: int | None = None
     speculation: SpeculationOptions | None = None
 
     @property

@@ -24,12 +24,23 @@ def register() -> None:
     if _registered:
         return
     vllm_compat.check_version()
+    _register_models()
     process = multiprocessing.current_process()
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         die_with(parent.pid)
     _registered = True
     progress.report(STAGE, process=process.name, **versions())
+
+
+def _register_models() -> None:
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from galley_plugins.embedding.nv_embed_config import ARCHITECTURE, MODEL_TYPE, NVEmbedConfig
+
+    AutoConfig.register(MODEL_TYPE, NVEmbedConfig, exist_ok=True)
+    ModelRegistry.register_model(ARCHITECTURE, f"galley_plugins.embedding.nv_embed_model:{ARCHITECTURE}")
 
 
 def versions() -> dict[str, str]:

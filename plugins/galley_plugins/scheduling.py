@@ -5,6 +5,7 @@
   computes other keys and values than a chat would.
 - A method may need all of a prompt in one step: it waits for a step that has room, however many tokens a step
   has for others.
+- Steps are short for the sake of chats, which wait for the end of each; while none runs, they may be longer.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ class EmbeddingScheduler:
         self._method: Method = make_method(options.embedding, vllm_config.model_config.hf_text_config)
         most = vllm_config.scheduler_config.max_num_batched_tokens
         self._step_tokens = min(options.step_tokens or most, most)
+        self._embed_step_tokens = min(options.embed_step_tokens or self._step_tokens, most)
         self._most_step_tokens = most
+        self._chats: set[str] = set()  # ids of requests that generate; some may have ended
         self._whole_waiting: dict[str, int] = {}  # request id -> tokens of its prompt
-        if self._method.own_cache:
-            _leave_out_of_cache(self)
+        if self._method.own_cache or self._method.uncached_tail:
+            _leave_out_of_cache(self, None if self._method.own_cache else self._method.uncached_tail)
 
     def add_request(self, request: Any) -> None:
-        if request.pooling_params is not None:
+        if request.pooling_params is None:
+            self._chats.add(request.request_id)
+        else:
             if self._method.every_row or self._method.own_cache:
                 request.skip_reading_prefix_cache = True
             if self._method.whole_prompt:
@@ -43,13 +48,15 @@ class EmbeddingScheduler:
         super().add_request(request)  # type: ignore[misc]
 
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.max_num_scheduled_tokens = self._step_tokens
+        self._chats &= self.requests.keys()
+        step_tokens = self._step_tokens if self._chats else self._embed_step_tokens
+        self.max_num_scheduled_tokens = step_tokens
         if self._whole_waiting:
             running = sum(
                 request.num_tokens_with_spec - request.num_computed_tokens for request in self.running
             )
-            needed = min(running, self._step_tokens) + max(self._whole_waiting.values())
-            self.max_num_scheduled_tokens = min(max(self._step_tokens, needed), self._most_step_tokens)
+            needed = min(running, step_tokens) + max(self._whole_waiting.values())
+            self.max_num_scheduled_tokens = min(max(step_tokens, needed), self._most_step_tokens)
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         for request_id in output.num_scheduled_tokens:
             self._whole_waiting.pop(request_id, None)
@@ -75,17 +82,23 @@ class EmbeddingScheduler:
         return 0 if whole and num_computed_tokens + count < request.num_tokens else count
 
 
-def _leave_out_of_cache(scheduler: Any) -> None:
-    """Keep blocks of embedding requests from being found by the hashes of their tokens."""
-    manager = scheduler.kv_cache_manager
-    vllm_own = manager.allocate_slots
+def _leave_out_of_cache(scheduler: Any, tail: int | None) -> None:
+    """Keep blocks of embedding requests from being found by the hashes of their tokens.
 
-    def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+    Args:
+        tail: blocks that hold any of so many last tokens; None for all blocks.
+    """
+    coordinator = scheduler.kv_cache_manager.coordinator
+    vllm_own = coordinator.cache_blocks
+
+    def cache_blocks(request: Any, tokens: int, *args: Any, **kwargs: Any) -> Any:
         if request.pooling_params is not None:
-            kwargs["delay_cache_blocks"] = True
-        return vllm_own(request, *args, **kwargs)
+            if tail is None:
+                return None
+            tokens = min(tokens, request.num_prompt_tokens - tail)
+        return vllm_own(request, tokens, *args, **kwargs)
 
-    manager.allocate_slots = allocate_slots
+    coordinator.cache_blocks = cache_blocks
 
 
 def make_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:

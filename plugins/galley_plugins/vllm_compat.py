@@ -26,6 +26,11 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ),
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs", "rows of the step to come"),
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.load_model", "finds the layers to reach between"),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner.initialize_kv_cache",
+            "its builders of attention metadata",
+        ),
         ("vllm.v1.worker.gpu_model_runner", "ExecuteModelState.hidden_states", "rows to pool"),
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_supported_tasks", "embed is added"),
     ),
@@ -37,6 +42,11 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", "rows of the step to come"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.load_model", "finds the layers to reach between"),
+        (
+            "vllm.v1.worker.gpu.model_runner",
+            "GPUModelRunner.initialize_kv_cache",
+            "its builders of attention metadata",
+        ),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample", "hidden states and batch together"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens", "the step's output"),
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.finish_requests", "forgets their prompts"),
@@ -103,6 +113,15 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "speculation-frontend": (
         ("vllm.sampling_params", "SamplingParams._validate_spec_decode", "checks vllm_xargs"),
     ),
+    "bidirectional": (
+        (
+            "vllm.v1.attention.backend",
+            "CommonAttentionMetadata",
+            "its `causal` may be a flag for each request",
+        ),
+        ("vllm.v1.attention.backend", "AttentionMetadataBuilder.build", "is asked with that flag"),
+        ("vllm.v1.worker.utils", "AttentionGroup", "holds a runner's builders"),
+    ),
     "embedding-frontend": (
         (
             "vllm.entrypoints.pooling.embed.serving",
@@ -110,6 +129,11 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "inputs become prompts",
         ),
         ("vllm.entrypoints.pooling.typing", "PoolingEngineInput", "what it leaves for the engine"),
+        (
+            "vllm.entrypoints.pooling.embed.serving",
+            "ServingEmbedding._build_openai_response",
+            "sparse vectors are written otherwise",
+        ),
         ("vllm.v1.engine.async_llm", "AsyncLLM.encode", "texts of other routes get the same prompts"),
     ),
     "worker-cpu": (
@@ -132,8 +156,8 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", "such prompts wait again"),
         ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", "such prompts wait no more"),
         (
-            "vllm.v1.core.kv_cache_manager",
-            "KVCacheManager.allocate_slots",
+            "vllm.v1.core.kv_cache_coordinator",
+            "KVCacheCoordinator.cache_blocks",
             "keeps blocks of other keys and values out of the cache",
         ),
     ),

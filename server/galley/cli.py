@@ -32,7 +32,7 @@ config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True
 app.add_typer(config_app, name="config")
 speculation_app = typer.Typer(help="Prepare tables of draft-verify speculation.", no_args_is_help=True)
 app.add_typer(speculation_app, name="speculation")
-embed_app = typer.Typer(help="Measure and tune embeddings.", no_args_is_help=True)
+embed_app = typer.Typer(help="Measure, tune and train embeddings.", no_args_is_help=True)
 app.add_typer(embed_app, name="embed")
 
 out = Console()
@@ -199,6 +199,16 @@ def embed_eval(context: typer.Context) -> None:
 
 
 @embed_app.command(
+    "mteb",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def embed_mteb(context: typer.Context) -> None:
+    """Let the package mteb evaluate a served model, on the same data sets; --help says how."""
+    _run_plugin("galley_plugins.embedding", ["mteb", *context.args])
+
+
+@embed_app.command(
     "tune-tp",
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -206,6 +216,16 @@ def embed_eval(context: typer.Context) -> None:
 def embed_tune(context: typer.Context) -> None:
     """Pick a model's layers for `embedding: {method: token-prepending}`; --help says how."""
     _run_plugin("galley_plugins.embedding", ["tune-tp", *context.args])
+
+
+@embed_app.command(
+    "train",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def embed_train(context: typer.Context) -> None:
+    """Train an adapter for `embedding: {method: gem | causal2vec | nv-embed}`; --help says how."""
+    _run_plugin("galley_plugins.embedding", ["train", *context.args])
 
 
 @app.command()

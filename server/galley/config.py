@@ -80,7 +80,12 @@ class GatewayConfig(_Frozen):
 class EmbeddingConfig(_Frozen):
     """How `/v1/embeddings` turns texts into vectors."""
 
-    method: Literal["mean", "last", "prompt-eol", "token-prepending", "echo"] = "mean"
+    method: Literal[
+        "mean", "last", "prompt-eol", "token-prepending", "echo", "splade", "gem", "causal2vec", "nv-embed"
+    ] = "mean"
+    adapter: str | None = Field(
+        None, min_length=1, description="folder of a trained adapter, which names its method"
+    )
     prompt: str | None = Field(None, min_length=1, description="a template's name, or a template with {text}")
     clean: bool | None = Field(None, description="end texts as sentences, without quotation marks in them")
     start_layer: int | None = Field(None, ge=1)
@@ -91,6 +96,7 @@ class EmbeddingConfig(_Frozen):
         None, description="how an instruction is written, {instruction} in it"
     )
     normalize: bool = True
+    weights: int | None = Field(None, ge=1, description="the most weights of a sparse vector")
     max_tokens: int | None = Field(None, ge=16, description="the longest prompt that has to run in one step")
 
 

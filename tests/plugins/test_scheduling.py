@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from galley_plugins.embedding.adapter import AdapterSettings, Base, save_adapter
 from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 
@@ -94,6 +96,33 @@ def test_only_embeddings_compute_their_whole_prompt_where_a_mean_is_taken(
     mean = scheduler(model, MEAN, asynchronous=asynchronous)
     assert first_chunks(mean, chat("first")) == {"first": (0, 50)}
     assert first_chunks(mean, chat("second"), embedding("vector")) == {"second": (48, 2), "vector": (0, 50)}
+
+
+def test_steps_are_longer_while_no_chat_runs(model: ModelConfig) -> None:
+    both = scheduler(model, replace(MEAN, step_tokens=32, embed_step_tokens=96))
+    assert first_chunks(both, embedding("a"), embedding("b")) == {"a": (0, 50), "b": (0, 46)}
+    other = Request("c", list(range(60, 110)), SamplingParams(max_tokens=4), None, block_hasher=hasher())
+    assert first_chunks(both, other) == {"c": (0, 28)}  # b goes on with its last 4 of 32
+    both.finish_requests("c", RequestStatus.FINISHED_ABORTED)
+    assert first_chunks(both, embedding("d")) == {"d": (0, 50)}
+
+
+def test_gems_special_token_stays_out_of_a_cache_that_its_text_fills(
+    model: ModelConfig, tmp_path: Path
+) -> None:
+    settings = AdapterSettings("gem", Base("llama", 1, 1, ""), "", sizes={"tokens": 1, "combine": "mean"})
+    save_adapter(tmp_path / "gem", settings, {})
+    options = EmbeddingOptions.from_values({"adapter": str(tmp_path / "gem")})
+    gem = scheduler(model, PluginOptions(embedding=options))
+    whole = list(range(3 * BLOCK))  # its special token ends a block
+    first = Request("a", whole, None, PoolingParams(task="embed"), block_hasher=hasher())
+    assert first_chunks(gem, first) == {"a": (0, 48)}
+    longer = Request("b", [*whole, 1, 2], SamplingParams(max_tokens=4), None, block_hasher=hasher())
+    assert first_chunks(gem, longer) == {"b": (2 * BLOCK, 18)}
+
+
+def hasher() -> Any:
+    return get_request_block_hasher(BLOCK, sha256)
 
 
 def test_a_chat_reads_the_prefix_that_an_embedding_left(model: ModelConfig) -> None:

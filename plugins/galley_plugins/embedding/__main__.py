@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -13,19 +14,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from galley_plugins.embedding.evaluation.data import DataError
+from galley_plugins.embedding.evaluation.data import DataError, data_folder
+from galley_plugins.embedding.training.commands import app as train_app
 from galley_plugins.models import ModelError, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 app = typer.Typer(
-    help="Measure and tune embeddings.",
+    help="Measure, tune and train embeddings.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(train_app, name="train")
 err = Console(stderr=True)
 
 Data = Annotated[
@@ -36,7 +39,7 @@ Data = Annotated[
 
 @app.callback()
 def commands() -> None:
-    """Measure and tune embeddings."""
+    """Measure, tune and train embeddings."""
 
 
 @app.command("eval")
@@ -64,7 +67,7 @@ def eval_command(
         raise typer.BadParameter(f"found {', '.join(unknown)}, expected some of {', '.join(TASKS)}")
     if split not in ("dev", "test"):
         raise typer.BadParameter(f"--split: found {split!r}, expected dev or test")
-    folder = _data(data)
+    folder = data_folder(data)
     encoder = EndpointEncoder(url, model, key=key)
     table = Table("task", "figure", "texts", "value", title=model)
     figures = []
@@ -75,6 +78,46 @@ def eval_command(
     Console().print(table)
     if out is not None:
         _write(out, {"model": model, "limit": limit, "figures": figures})
+
+
+@app.command("mteb")
+def mteb_command(
+    model: Annotated[str, typer.Option(help="A model that the server serves.")],
+    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    data: Data = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated.")] = "sts,cranfield,banking77",
+    out: Annotated[Path | None, typer.Option(help="Write MTEB's results there as JSON.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="An API key.", envvar="GALLEY_API_KEY", show_default=False)
+    ] = None,
+) -> None:
+    """Let the package mteb evaluate a running server on the same data sets, from local files only."""
+    if importlib.util.find_spec("mteb") is None:
+        raise ValueError(
+            "found no package mteb, expected it beside Galley's: .venv/bin/pip install -c requirements.lock "
+            "'mteb>=2.26,<3'"
+        )
+    folder = data_folder(data)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before mteb is imported
+    from galley_plugins.embedding.evaluation.encoder import EndpointEncoder
+    from galley_plugins.embedding.evaluation.mteb_encoder import ServerEncoder
+    from galley_plugins.embedding.evaluation.mteb_tasks import TASKS, evaluate
+
+    names = tasks.split(",")
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise typer.BadParameter(f"found {', '.join(unknown)}, expected some of {', '.join(TASKS)}")
+    table = Table("task", "figure", "value", title=model)
+    results = []
+    with _bar() as bar, EndpointEncoder(url, model, key=key) as endpoint:
+        encoder = ServerEncoder(endpoint, model, begin=_Tasks(bar).begin)
+        for name, result in zip(names, evaluate(folder, encoder, names), strict=True):
+            (scores,) = result.scores["test"]
+            table.add_row(name, TASKS[name].metadata.main_score, f"{100 * scores['main_score']:.2f}")
+            results.append(result.model_dump(mode="json"))
+    Console().print(table)
+    if out is not None:
+        _write(out, {"model": model, "results": results})
 
 
 @app.command("tune-tp")
@@ -133,17 +176,6 @@ def tune_command(
             out,
             {"model": model, "prompt": prompt, "pairs": len(labelled), "trials": [vars(t) for t in found]},
         )
-
-
-def _data(folder: Path | None) -> Path:
-    if folder is None or not folder.is_dir():
-        raise DataError(
-            f"--data: found {folder}, expected a folder with sts/stsb_en_test.csv, from github.com/PhilipMay/"
-            "stsb-multi-mt; retrieval/cran.all.1400.xml, cran.qry.xml and cranqrel.trec.txt, from github.com/"
-            "oussbenk/cranfield-trec-dataset; cls/train.csv and test.csv, banking77 from github.com/"
-            "PolyAI-LDN/task-specific-datasets"
-        )
-    return folder
 
 
 def _write(path: Path, value: Any) -> None:

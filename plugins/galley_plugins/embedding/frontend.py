@@ -4,14 +4,19 @@
   which the configuration has words.
 - `truncate`: true or "end" keeps the first tokens of a text that is too long, "start" its last ones; without
   it, such a text is refused. vLLM's own `truncate_prompt_tokens` and `truncation_side` work as well.
+- Of a sparse method, `embedding` is an object `{token id: weight}`, the largest weights first, at most
+  `dimensions` of them; `encoding_format` is "float".
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+from fastapi.responses import JSONResponse
 from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
 from vllm.entrypoints.pooling.embed.serving import ServingEmbedding
 from vllm.entrypoints.pooling.typing import PoolingEngineInput
@@ -20,14 +25,16 @@ from vllm.inputs import tokens_input
 from vllm.utils.async_utils import make_async
 
 from galley_plugins import vllm_compat
+from galley_plugins.embedding.adapter import ENCODER
 from galley_plugins.embedding.methods import make_method
 from galley_plugins.embedding.placeholder import placeholder_of
-from galley_plugins.embedding.pooling import KEY, to_extra
+from galley_plugins.embedding.pooling import KEY, finish, from_sparse, to_extra
 from galley_plugins.embedding.prompts import InputError, PromptBuilder, Side
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
+    from galley_plugins.embedding.methods.method import Method
     from galley_plugins.embedding.options import EmbeddingOptions
     from galley_plugins.embedding.prompts import Input, Prompt
 
@@ -46,12 +53,28 @@ class Texts:
 
     def __init__(self, options: EmbeddingOptions, model_config: Any, tokenizer: Any, sampled: int) -> None:
         self._options = options
-        method = make_method(options, model_config.hf_text_config)
-        self.plain = method.template.pieces == ("{instruction}", "{text}")
+        method = self.method = make_method(options, model_config.hf_text_config)
         self.limit = model_config.max_model_len - sampled
         if method.whole_prompt:
             self.limit = min(self.limit, options.max_tokens)
-        self._builder = PromptBuilder(tokenizer, method.template, placeholder=placeholder_of(tokenizer))
+        placeholder = placeholder_of(tokenizer)
+        unused = [tokenizer.convert_tokens_to_ids(placeholder)]  # other embeddings stand in its place
+        self._builder = PromptBuilder(
+            tokenizer,
+            method.template,
+            placeholder=placeholder,
+            prefix=unused if method.context else (),
+            suffix=[tokenizer.eos_token_id] if method.eos else unused if method.specials else (),
+        )
+        self._tokenizer = tokenizer
+        self._encoder_tokenizer = _encoder_tokenizer(method)
+
+    @property
+    def plain(self) -> bool:
+        """A prompt is the text and nothing else."""
+        method = self.method
+        around = method.context or method.eos or method.specials
+        return method.template.pieces == ("{instruction}", "{text}") and not around
 
     def instruction(self, instruction: Any, input_type: Any) -> str:
         """
@@ -92,6 +115,34 @@ class Texts:
         except InputError as error:
             raise VLLMValidationError(str(error), parameter="input") from None
 
+    def extras(self, inputs: Sequence[Input], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """What the worker has to know of each prompt, as `PoolingParams.extra_kwargs`."""
+        known: list[dict[str, Any]] = [{} for _ in prompts]
+        for more, prompt in zip(known, prompts, strict=True):
+            if prompt.placeholder is not None:
+                more["placeholder"] = prompt.placeholder
+        if self._encoder_tokenizer is not None:
+            from galley_plugins.embedding.context_encoder import encoder_ids
+
+            texts = [
+                entry if isinstance(entry, str) else self._tokenizer.decode(entry, skip_special_tokens=True)
+                for entry in inputs
+            ]
+            for more, ids in zip(known, encoder_ids(self._encoder_tokenizer, texts), strict=True):
+                more["context"] = ids
+        return [
+            to_extra(prompt.start, prompt.stop, **more) for more, prompt in zip(known, prompts, strict=True)
+        ]
+
+
+def _encoder_tokenizer(method: Method) -> Any:
+    if not method.context:
+        return None
+    from transformers import AutoTokenizer
+
+    assert method.adapter is not None
+    return AutoTokenizer.from_pretrained(method.adapter / ENCODER, local_files_only=True)
+
 
 class EmbeddingServing(ServingEmbedding):
     """vLLM's handler, with prompts built by `Texts`."""
@@ -104,6 +155,8 @@ class EmbeddingServing(ServingEmbedding):
         if isinstance(ctx.request, EmbeddingCompletionRequest):
             ctx.engine_inputs = await self._build(ctx)
             return
+        if self._texts.method.sparse is not None:
+            raise VLLMValidationError("this model's vectors are sparse: expected `input`", parameter="input")
         if not self._texts.plain:
             raise VLLMValidationError(
                 "messages: this model embeds texts with a prompt of its own, expected `input`",
@@ -115,8 +168,14 @@ class EmbeddingServing(ServingEmbedding):
         request = ctx.request
         extra = request.model_extra or {}
         cut, limit = _truncation(request, extra.get("truncate"), self._texts.limit)
+        if self._texts.method.sparse is not None and request.encoding_format != "float":
+            raise VLLMValidationError(
+                f"encoding_format: found {request.encoding_format!r}, expected 'float': vectors are sparse",
+                parameter="encoding_format",
+            )
+        inputs = _inputs(request.input)
         prompts = self._texts.build(
-            _inputs(request.input),
+            inputs,
             instruction=self._texts.instruction(extra.get("instruction"), extra.get("input_type")),
             cut=cut,
             limit=limit,
@@ -124,9 +183,9 @@ class EmbeddingServing(ServingEmbedding):
         ctx.pooling_params.verify(self.model_config)
         arrived = time.time()
         found = []
-        for prompt in prompts:
+        for prompt, extra_kwargs in zip(prompts, self._texts.extras(inputs, prompts), strict=True):
             params = copy.copy(ctx.pooling_params)
-            params.extra_kwargs = to_extra(prompt.start, prompt.stop, prompt.placeholder)
+            params.extra_kwargs = extra_kwargs
             engine_input = tokens_input(prompt.ids, cache_salt=request.cache_salt)
             engine_input["arrival_time"] = arrived
             found.append(
@@ -138,6 +197,25 @@ class EmbeddingServing(ServingEmbedding):
                 )
             )
         return found
+
+    def _build_openai_response(self, ctx: Any) -> Any:
+        if self._texts.method.sparse is None:
+            return super()._build_openai_response(ctx)
+        data = [
+            {"object": "embedding", "index": index, "embedding": from_sparse(result.outputs.data)}
+            for index, result in enumerate(ctx.final_res_batch)
+        ]
+        tokens = sum(len(result.prompt_token_ids) for result in ctx.final_res_batch)
+        return JSONResponse(
+            {
+                "id": ctx.request_id,
+                "object": "list",
+                "created": ctx.created_time,
+                "model": ctx.model_name,
+                "data": data,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            }
+        )
 
 
 def install(state: Any, engine_client: Any, options: EmbeddingOptions, sampled: int) -> None:
@@ -159,17 +237,40 @@ def install(state: Any, engine_client: Any, options: EmbeddingOptions, sampled: 
 
 
 def _prompt_everything(engine_client: Any, texts: Texts) -> None:
-    """Put the method's prompt around texts of other routes, such as scoring, too."""
+    """Put the method's prompt around texts of other routes, such as scoring, too.
+
+    A text with several special tokens becomes as many prompts, and their vectors one.
+    """
     vllm_own = engine_client.encode
+    specials = texts.method.specials
 
     async def encode(
         prompt: Any, pooling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         if KEY not in (pooling_params.extra_kwargs or {}):
-            (built,) = texts.build([prompt["prompt_token_ids"]])
+            inputs = [prompt["prompt_token_ids"]]
+            (built,) = prompts = texts.build(inputs)
             pooling_params = copy.copy(pooling_params)
-            pooling_params.extra_kwargs = to_extra(built.start, built.stop, built.placeholder)
+            (pooling_params.extra_kwargs,) = texts.extras(inputs, prompts)
             prompt = {**prompt, "prompt_token_ids": built.ids}
+
+        async def part(special: int) -> Any:
+            params = copy.copy(pooling_params)
+            more = {**pooling_params.extra_kwargs[KEY], "special": special, "part": True}
+            params.extra_kwargs = {KEY: more}
+            async for output in vllm_own(prompt, params, f"{request_id}-{special}", *args, **kwargs):
+                found = output
+            return found
+
+        if specials > 1:
+            outputs = await asyncio.gather(*map(part, range(specials)))
+            vectors = torch.stack([output.outputs.data for output in outputs])
+            whole = vectors.mean(0) if texts.method.combine == "mean" else vectors.flatten()
+            normalize = pooling_params.use_activation is not False
+            outputs[0].outputs.data = finish(whole, pooling_params.dimensions, normalize=normalize)
+            outputs[0].request_id = request_id
+            yield outputs[0]
+            return
         async for output in vllm_own(prompt, pooling_params, request_id, *args, **kwargs):
             yield output
 

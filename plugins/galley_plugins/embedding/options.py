@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from galley_plugins.embedding.adapter import METHODS as TRAINED
+from galley_plugins.embedding.adapter import load_settings
 from galley_plugins.embedding.templates import TEMPLATES, Template
 
-Method = Literal["mean", "last", "prompt-eol", "token-prepending", "echo"]
+Method = Literal[
+    "mean", "last", "prompt-eol", "token-prepending", "echo", "splade", "gem", "causal2vec", "nv-embed"
+]
 
-WHOLE_PROMPT = {"token-prepending"}  # methods whose prompts run in one step
+WHOLE_PROMPT = {"token-prepending", "nv-embed"}  # methods whose prompts run in one step
 
 # What `input_type` of a request stands for where the configuration says nothing else.
 INSTRUCTIONS = {"query": "", "document": ""}
@@ -22,6 +27,7 @@ class EmbeddingOptions:
 
     Attributes:
         method: see the modules of `galley_plugins.embedding.methods`.
+        adapter: the folder of a trained adapter, which names its method.
         prompt: the name of a template or a template itself, with `{text}`; None takes the method's own.
         clean: end every text as a sentence and keep quotation marks out of it; None as the template asks.
         start_layer, exit_layer: the last token's state replaces the placeholder's before each of the layers
@@ -32,10 +38,12 @@ class EmbeddingOptions:
         instructions: what `input_type` of a request says to the model, by its value.
         instruction_template: how an instruction is written before the text.
         normalize: vectors have length 1.
+        weights: the most weights of a sparse vector (splade).
         max_tokens: the longest prompt of a method that runs it in one step.
     """
 
     method: Method = "mean"
+    adapter: str | None = None
     prompt: str | None = None
     clean: bool | None = None
     start_layer: int | None = None
@@ -44,6 +52,7 @@ class EmbeddingOptions:
     instructions: dict[str, str] = field(default_factory=lambda: dict(INSTRUCTIONS))
     instruction_template: str = INSTRUCTION_TEMPLATE
     normalize: bool = True
+    weights: int = 256
     max_tokens: int = 2048
 
     def __post_init__(self) -> None:
@@ -60,8 +69,17 @@ class EmbeddingOptions:
             raise ValueError(
                 f"embedding.instruction_template: found {found!r}, expected {{instruction}} in it"
             )
-        if self.output_layer is not None and self.method in ("mean", "echo"):
+        if self.weights < 1:
+            raise ValueError(f"embedding.weights: found {self.weights}, expected at least 1")
+        if self.output_layer is not None and self.method not in ("last", "prompt-eol", "token-prepending"):
             raise ValueError(f"embedding.output_layer: {self.method} pools the last layer, expected none")
+        if self.adapter is not None and self.method not in TRAINED:
+            raise ValueError(f"embedding.adapter: {self.method} has none, expected {', '.join(TRAINED)}")
+        if self.adapter is None and self.method in ("gem", "causal2vec"):
+            raise ValueError(
+                f"embedding.adapter: found none, {self.method} expects a folder that "
+                f"`galley embed train {self.method}` made"
+            )
         for name in ("start_layer", "exit_layer"):
             layer = getattr(self, name)
             if layer is None:
@@ -76,12 +94,25 @@ class EmbeddingOptions:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> EmbeddingOptions:
-        """Read a JSON object.
+        """Read a JSON object; what it leaves open is taken from the adapter, if it names one.
 
         Raises:
-            ValueError: an option is unknown or its value is.
+            ValueError: an option is unknown or its value is, or the adapter cannot be read.
         """
         unknown = sorted(set(values) - {entry.name for entry in fields(cls)})
         if unknown:
             raise ValueError(f"embedding: unknown option {', '.join(unknown)}")
+        if values.get("adapter") is not None:
+            values = _with_adapter(values)
         return cls(**values)
+
+
+def _with_adapter(values: dict[str, Any]) -> dict[str, Any]:
+    settings = load_settings(Path(values["adapter"]))
+    method = values.get("method", settings.method)
+    if method != settings.method:
+        raise ValueError(
+            f"embedding.method: found {method}, expected {settings.method}, which {values['adapter']} is for"
+        )
+    given = {name: value for name, value in values.items() if value is not None}
+    return {**settings.options, **given, "method": method}

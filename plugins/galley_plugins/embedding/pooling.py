@@ -6,13 +6,14 @@ Sums are taken in float32, so that a prompt split over chunks gives the vector t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,18 @@ class PromptRows:
         length: tokens of the whole prompt.
         start, stop: where the text lies in it.
         placeholder: position of the placeholder, None without one.
+        special: which special token stands at the end.
+        part: its vector is one of several of the same text, and left as it is.
+        context: the text as a contextual encoder reads it, its token ids.
     """
 
     length: int
     start: int = 0
     stop: int = -1
     placeholder: int | None = None
+    special: int = 0
+    part: bool = False
+    context: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, length: int, extra: dict[str, Any] | None) -> PromptRows:
@@ -36,16 +43,15 @@ class PromptRows:
         found = (extra or {}).get(KEY)
         if found is None:
             return cls(length, 0, length)
-        start, stop, placeholder = found
-        return cls(length, start, stop, placeholder)
+        return cls(length, **{**found, "context": tuple(found.get("context", ()))})
 
 
 KEY = "galley_prompt"
 
 
-def to_extra(start: int, stop: int, placeholder: int | None) -> dict[str, Any]:
+def to_extra(start: int, stop: int, **more: Any) -> dict[str, Any]:
     """What `PromptRows.of` reads, to travel in a request's `PoolingParams.extra_kwargs`."""
-    return {KEY: [start, stop, placeholder]}
+    return {KEY: {"start": start, "stop": stop, **more}}
 
 
 class Pool(Protocol):
@@ -58,17 +64,23 @@ class Pool(Protocol):
         """[dimensions] float32, after the last row."""
 
 
-class MeanPool:
-    """The mean over the rows of the text."""
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""What a trained part makes of rows, each by itself: [rows, hidden] to [rows, dimensions]."""
 
-    def __init__(self, prompt: PromptRows) -> None:
+HEAD_ROWS = 256  # that a head sees at once, since its rows may be as wide as a vocabulary
+
+
+class MeanPool:
+    """The mean over the rows of the text, or over what `head` makes of them."""
+
+    def __init__(self, prompt: PromptRows, head: Head | None = None) -> None:
         self._start, self._stop = prompt.start, prompt.stop
+        self._head = head
         self._total: torch.Tensor | None = None
 
     def take(self, rows: torch.Tensor, start: int) -> None:
-        inside = rows[max(self._start - start, 0) : max(self._stop - start, 0)]
-        if len(inside):
-            chunk = inside.sum(dim=0, dtype=torch.float32)  # [hidden]
+        for inside in _text_rows(rows, start, self._start, self._stop, self._head):
+            chunk = inside.sum(dim=0, dtype=torch.float32)  # [dimensions]
             self._total = chunk if self._total is None else self._total + chunk
 
     def vector(self) -> torch.Tensor:
@@ -76,16 +88,51 @@ class MeanPool:
         return self._total / (self._stop - self._start)
 
 
+class MaxPool:
+    """The largest value in each dimension over what `head` makes of the text's rows."""
+
+    def __init__(self, prompt: PromptRows, head: Head | None = None) -> None:
+        self._start, self._stop = prompt.start, prompt.stop
+        self._head = head
+        self._most: torch.Tensor | None = None
+
+    def take(self, rows: torch.Tensor, start: int) -> None:
+        for inside in _text_rows(rows, start, self._start, self._stop, self._head):
+            chunk = inside.amax(dim=0).to(torch.float32)
+            self._most = chunk if self._most is None else torch.maximum(self._most, chunk)
+
+    def vector(self) -> torch.Tensor:
+        assert self._most is not None
+        return self._most
+
+
+def _text_rows(
+    rows: torch.Tensor, start: int, first: int, stop: int, head: Head | None
+) -> Iterator[torch.Tensor]:
+    """Those of a chunk's rows that are the text's, through the head if there is one."""
+    inside = rows[max(first - start, 0) : max(stop - start, 0)]
+    if not len(inside):
+        return
+    if head is None:
+        yield inside
+    else:
+        yield from map(head, inside.split(HEAD_ROWS))
+
+
 class RowsPool:
     """Single rows, side by side or averaged.
 
     Args:
         positions: in ascending order; the last one may be the prompt's last.
+        unit: each row has length 1 before they are combined.
     """
 
-    def __init__(self, positions: tuple[int, ...], combine: Literal["concat", "mean"] = "concat") -> None:
+    def __init__(
+        self, positions: tuple[int, ...], combine: Literal["concat", "mean"] = "concat", *, unit: bool = False
+    ) -> None:
         self._positions = positions
         self._combine = combine
+        self._unit = unit
         self._rows: list[torch.Tensor] = []
 
     def take(self, rows: torch.Tensor, start: int) -> None:
@@ -97,6 +144,8 @@ class RowsPool:
 
     def vector(self) -> torch.Tensor:
         rows = torch.stack(self._rows)
+        if self._unit:
+            rows = torch.nn.functional.normalize(rows, dim=-1)
         return rows.flatten() if self._combine == "concat" else rows.mean(0)
 
 
@@ -118,10 +167,12 @@ class PromptPooler:
     Args:
         make_pool: how one prompt is pooled.
         every_row: the pool needs all rows, so that none may have been read from a cache.
+        sparse: vectors are this many weights at the most, as `to_sparse` writes them.
     """
 
     make_pool: Callable[[PromptRows], Pool]
     every_row: bool = True
+    sparse: int | None = None
     _prompts: dict[str, _Prompt] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -173,12 +224,29 @@ class PromptPooler:
         prompt.seen = start + len(hidden_states)
         if prompt.seen < prompt.rows.length:
             return None
-        return _finish(prompt.pool.vector(), prompt)
+        vector = prompt.pool.vector()
+        if self.sparse is not None:
+            return to_sparse(vector, min(prompt.dimensions or self.sparse, self.sparse))
+        return vector if prompt.rows.part else finish(vector, prompt.dimensions, normalize=prompt.normalize)
 
 
-def _finish(vector: torch.Tensor, prompt: _Prompt) -> torch.Tensor:
-    if prompt.dimensions is not None:
-        vector = vector[: prompt.dimensions]
-    if prompt.normalize:
-        vector = torch.nn.functional.normalize(vector, dim=-1)
-    return vector
+def finish(vector: torch.Tensor, dimensions: int | None, *, normalize: bool) -> torch.Tensor:
+    """The first `dimensions`, or all, at length 1 if wanted."""
+    vector = vector[:dimensions]
+    return torch.nn.functional.normalize(vector, dim=-1) if normalize else vector
+
+
+def to_sparse(vector: torch.Tensor, most: int) -> torch.Tensor:
+    """The `most` largest positive weights of [dimensions], as [2 * weights]: their places, then themselves.
+
+    float32 holds every place below 2^24.
+    """
+    weights, places = vector.topk(min(most, len(vector)))
+    kept = weights > 0
+    return torch.cat([places[kept].to(torch.float32), weights[kept]])
+
+
+def from_sparse(pair: torch.Tensor) -> dict[int, float]:
+    """Weights by place, as `to_sparse` wrote them, the largest first."""
+    places, weights = pair.chunk(2)
+    return dict(zip(places.int().tolist(), weights.tolist(), strict=True))

@@ -55,15 +55,21 @@ class PromptBuilder:
     Args:
         tokenizer: a fast tokenizer of transformers.
         placeholder: the token that stands for `{placeholder}`.
-        suffix: ids after everything else.
+        prefix, suffix: ids before and after everything else.
     """
 
     def __init__(
-        self, tokenizer: Any, template: Template, *, placeholder: str = "", suffix: Sequence[int] = ()
+        self,
+        tokenizer: Any,
+        template: Template,
+        *,
+        placeholder: str = "",
+        prefix: Sequence[int] = (),
+        suffix: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._template = template
-        self._suffix = list(suffix)
+        self._prefix, self._suffix = list(prefix), list(suffix)
         self._placeholder = placeholder
         self._heads, self._tails = _special_tokens(tokenizer)
 
@@ -144,7 +150,7 @@ class PromptBuilder:
             placeholder = next(
                 place for place, (left, right) in enumerate(offsets) if left == rendered.placeholder < right
             )
-        return Prompt([*ids, *self._suffix], start, stop, placeholder)
+        return self._within(ids, start, stop, placeholder)
 
     def _plain_ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -169,7 +175,14 @@ class PromptBuilder:
             start = 0
         if stop == len(ids):
             stop += len(self._tails)
-        return Prompt([*ids, *self._tails, *self._suffix], start, stop, placeholder)
+        return self._within([*ids, *self._tails], start, stop, placeholder)
+
+    def _within(self, ids: list[int], start: int, stop: int, placeholder: int | None) -> Prompt:
+        """A prompt between prefix and suffix, which are not part of its text."""
+        shift = len(self._prefix)
+        if placeholder is not None:
+            placeholder += shift
+        return Prompt([*self._prefix, *ids, *self._suffix], start + shift, stop + shift, placeholder)
 
     def _cut(self, text: list[int], instruction: str, limit: int, side: Side) -> Prompt:
         empty = len(self._assemble([], instruction).ids)

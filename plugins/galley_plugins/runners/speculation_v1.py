@@ -212,8 +212,11 @@ class SpeculationV1:
         tables = common.block_table_tensor[requests]
         for row, index, block in plan.tables:
             tables[row, index] = block
+        attention = self.embedding.attention if hasattr(self, "embedding") else None
+        causal = None if attention is None else attention.causal
         widened = replace(
             common,
+            causal=True if causal is None else causal[requests],
             query_start_loc=bounds,
             query_start_loc_cpu=bounds,
             seq_lens=lengths,

@@ -29,6 +29,12 @@ class EmbeddingV1:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         self.embedding.attach(self.get_model())
 
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        if self.embedding.attention is not None:
+            self.embedding.attention.attach(self.attn_groups)
+        return found
+
     def _update_states(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         for request_id in scheduler_output.finished_req_ids:
             self.embedding.pooler.remove(request_id)
@@ -38,11 +44,10 @@ class EmbeddingV1:
 
     def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_inputs(*args, **kwargs)  # type: ignore[misc]
-        if self.embedding.pooler:
-            batch = self.input_batch
-            self.embedding.begin_step(
-                batch.req_ids, self.query_start_loc.np, batch.num_computed_tokens_cpu, self.device
-            )
+        batch = self.input_batch
+        self.embedding.begin_step(
+            batch.req_ids, self.query_start_loc.np, batch.num_computed_tokens_cpu, self.device
+        )
         return prepared
 
     def sample_tokens(self, grammar_output: Any) -> Any:

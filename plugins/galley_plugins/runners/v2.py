@@ -30,6 +30,12 @@ class EmbeddingV2:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         self.embedding.attach(self.get_model())
 
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        if self.embedding.attention is not None:
+            self.embedding.attention.attach(self.attn_groups)
+        return found
+
     def finish_requests(self, scheduler_output: Any) -> None:
         # A preempted request comes back as a new one, so only finished ones are forgotten.
         for request_id in scheduler_output.finished_req_ids:
@@ -43,10 +49,9 @@ class EmbeddingV2:
 
     def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = super().prepare_inputs(*args, **kwargs)  # type: ignore[misc]
-        if self.embedding.pooler:
-            self.embedding.begin_step(
-                batch.req_ids, batch.query_start_loc_np, batch.num_computed_tokens_np, self.device
-            )
+        self.embedding.begin_step(
+            batch.req_ids, batch.query_start_loc_np, batch.num_computed_tokens_np, self.device
+        )
         return batch
 
     def sample(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from galley_plugins import progress
+from galley_plugins.embedding.adapter import AdapterError, check_adapter
 from galley_plugins.models import ModelError, resolve
 from galley_plugins.processes import die_with
 from galley_plugins.speculation.options import STATS_VARIABLE, stats_path
@@ -29,7 +31,9 @@ def main() -> NoReturn:
         device = select(spec.device, probe())
         environment = worker_environment(device, os.environ, compiled=spec.compiled)
         model = resolve(spec.weights, progress=_UnpackingReport())
-    except (DeviceError, NoCompilerError, ModelError) as error:
+        if "embed" in spec.tasks and spec.embedding.adapter is not None:
+            check_adapter(Path(spec.embedding.adapter), str(model))
+    except (DeviceError, NoCompilerError, ModelError, AdapterError) as error:
         progress.report("failed", reason=str(error))
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

@@ -25,6 +25,13 @@ GiB = 1024**3
 # with the built-in model in float32: 2.1 ms with 48 tokens, 1.9 with 64, 1.6 with 128, 1.5 with 256.
 PREFILL_TOKENS_PER_CORE = 24
 
+EMBED_TOKENS_PER_CORE = 96  # of a step in which only embeddings run; a chat may have to wait for one of them
+EMBED_ALONE_TOKENS_PER_CORE = (
+    256  # in an engine without chats; a request that is cancelled ends with its step
+)
+
+MOST_STEP_TOKENS = 2048
+
 MOST_REQUESTS = 1024  # that vLLM runs at once by default, on a large GPU
 
 # Where vLLM's parser differs from its habit of `--no-NAME` for false and `--NAME a b` for a list.
@@ -49,14 +56,14 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         "disable-uvicorn-access-log": True,
         "enforce-eager": spec.compile == "off" or (spec.compile == "auto" and device == "cpu"),
         **_task_options(spec),
-        **(_cpu_options() if device == "cpu" else {}),
+        **(_cpu_options(spec) if device == "cpu" else {}),
         **_speculation_options(spec, device),
         **engine_options(spec.weights, device),
     }
     passed = dict(spec.engine)
     plugins = spec.plugin_options()
-    if plugins.embedding is not None and plugins.embedding.method in WHOLE_PROMPT:
-        plugins = _room_for_whole_prompts(spec, plugins, options, passed)
+    if plugins.pools:
+        plugins = _embedding_steps(spec, plugins, options, passed)
     options["additional-config"] = plugins.to_additional_config()
     if "embed" in spec.tasks:
         options["hf-overrides"] = {"is_matryoshka": True, **(passed.pop("hf-overrides", None) or {})}
@@ -84,20 +91,26 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
     }
 
 
-def _room_for_whole_prompts(
+def _embedding_steps(
     spec: WorkerSpec, plugins: PluginOptions, options: dict[str, Any], passed: dict[str, Any]
 ) -> PluginOptions:
-    """Let a batch be large enough for a prompt that runs in one step beside every chat.
+    """Let a batch be as large as a step without chats, or a prompt that runs in one step beside every chat.
 
-    A step without such a prompt is no larger than before.
+    Steps of chats are no larger than before.
     """
-    step = passed.pop("max-num-batched-tokens", options.get("max-num-batched-tokens"))
-    if step is None:
+    step = passed.pop("max-num-batched-tokens", None)
+    most = step or options.get("max-num-batched-tokens")
+    if most is None:
         return plugins  # vLLM's own choice for the device is larger
-    requests = passed.get("max-num-seqs", options.get("max-num-seqs", MOST_REQUESTS))
-    drafts = spec.speculation.max_draft_tokens if spec.speculation is not None else 0
-    assert plugins.embedding is not None
-    options["max-num-batched-tokens"] = plugins.embedding.max_tokens + int(requests) * (1 + drafts)
+    if step is None:  # only on a CPU
+        longer = min(EMBED_TOKENS_PER_CORE * len(os.sched_getaffinity(0)), MOST_STEP_TOKENS)
+        step, most = most, max(most, longer)
+        plugins = replace(plugins, embed_step_tokens=most)
+    if spec.embedding.method in WHOLE_PROMPT:
+        requests = passed.get("max-num-seqs", options.get("max-num-seqs", MOST_REQUESTS))
+        drafts = spec.speculation.max_draft_tokens if spec.speculation is not None else 0
+        most = max(most, spec.embedding.max_tokens + int(requests) * (1 + drafts))
+    options["max-num-batched-tokens"] = most
     return replace(plugins, step_tokens=step)
 
 
@@ -120,11 +133,15 @@ def _speculation_options(spec: WorkerSpec, device: Device) -> dict[str, Any]:
     return {"speculative-config": v1, **metrics, **blocks}
 
 
-def _cpu_options() -> dict[str, Any]:
+def _cpu_options(spec: WorkerSpec) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    prefill = min(max(cores * PREFILL_TOKENS_PER_CORE, 48), 2048)
+    each = PREFILL_TOKENS_PER_CORE if "generate" in spec.tasks else EMBED_ALONE_TOKENS_PER_CORE
+    prefill = min(max(cores * each, 48), MOST_STEP_TOKENS)
+    cache = {"kv-cache-memory-bytes": min(2 * GiB, available_bytes() // 4)}
+    if spec.pooling_runner:
+        return cache  # it pools whole prompts: its own steps are long enough for one
     return {
-        "kv-cache-memory-bytes": min(2 * GiB, available_bytes() // 4),
+        **cache,
         "max-num-batched-tokens": prefill,
         "max-num-seqs": min(prefill // 2, 256),  # running chats never take the whole step
     }

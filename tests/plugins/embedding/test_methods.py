@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from galley_plugins.embedding.methods import METHODS, make_method
+from galley_plugins.embedding.adapter import AdapterSettings, Base, save_adapter
+from galley_plugins.embedding.methods import make_method
 from galley_plugins.embedding.options import EmbeddingOptions
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LLAMA_2 = SimpleNamespace(model_type="llama", vocab_size=32_000, num_hidden_layers=32)
 LLAMA_3 = SimpleNamespace(model_type="llama", vocab_size=128_256, num_hidden_layers=32)
@@ -40,7 +44,7 @@ def test_layers_can_be_chosen() -> None:
     assert method(method="prompt-eol", output_layer=0).layer == 0
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"token-prepending"}))
+@pytest.mark.parametrize("name", ["mean", "last", "prompt-eol", "echo", "splade"])
 def test_all_others_run_in_chunks_beside_a_cache_that_chats_share(name: str) -> None:
     found = method(method=name)
     assert not found.whole_prompt
@@ -81,3 +85,35 @@ def test_what_cannot_be_done_is_refused_with_what_was_found_and_expected(
 def test_an_unknown_option_is_named() -> None:
     with pytest.raises(ValueError, match="embedding: unknown option banana"):
         EmbeddingOptions.from_values({"method": "mean", "banana": 1})
+
+
+def trained(folder: Path, name: str, **sizes: Any) -> Any:
+    save_adapter(folder, AdapterSettings(name, Base("llama", 576, 30, "abc"), "1", sizes=sizes), {})
+    return make_method(EmbeddingOptions.from_values({"adapter": str(folder)}), SMOLLM2)
+
+
+def test_gem_changes_its_special_tokens_alone_and_shares_the_rest_with_chats(tmp_path: Path) -> None:
+    found = trained(tmp_path / "a", "gem", tokens=3, combine="concat")
+    assert (found.lora, found.specials, found.combine) == ("last", 3, "concat")
+    assert (found.uncached_tail, found.own_cache, found.whole_prompt) == (1, False, False)
+
+
+def test_causal2vec_and_nv_embed_keep_keys_and_values_to_themselves(tmp_path: Path) -> None:
+    causal2vec = trained(tmp_path / "a", "causal2vec", parts="raw")
+    nv_embed = trained(tmp_path / "b", "nv-embed", heads=8)
+    assert causal2vec.own_cache
+    assert nv_embed.own_cache
+    assert causal2vec.context
+    assert not causal2vec.whole_prompt  # its first token depends on no later one
+    assert nv_embed.bidirectional
+    assert nv_embed.whole_prompt
+
+
+def test_nv_embed_without_an_adapter_is_for_its_own_checkpoint() -> None:
+    options = EmbeddingOptions(method="nv-embed")
+    with pytest.raises(ValueError, match="galley embed train nv-embed"):
+        make_method(options, SMOLLM2)
+    public = SimpleNamespace(model_type="nvembed", vocab_size=32_000, num_hidden_layers=32)
+    found = make_method(options, public)
+    assert found.lora == "none"
+    assert found.head == "latent-attention"

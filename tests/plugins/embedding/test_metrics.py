@@ -14,6 +14,12 @@ def test_spearman_by_hand() -> None:
     assert sts_spearman(first, second, Pairs(["a"] * 3, ["b"] * 3, [5.0, 1.0, 2.0])) == pytest.approx(50)
 
 
+def test_vectors_that_are_all_the_same_correlate_with_nothing() -> None:
+    """As every prompt's last token does before the first layer."""
+    same = np.full((4, 3), 0.1)
+    assert sts_spearman(same, same, Pairs(["a"] * 4, ["b"] * 4, [5.0, 1.0, 2.0, 3.0])) == 0
+
+
 def test_ndcg_by_hand() -> None:
     """Ranked c, a, b with gains a 1, b 3: DCG = 1/log2(3) + 3/log2(4); the best order gives 3 + 1/log2(3)."""
     documents = {"a": "", "b": "", "c": ""}

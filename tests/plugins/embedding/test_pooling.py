@@ -10,7 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from galley_plugins.embedding.methods.plain import last_row
-from galley_plugins.embedding.pooling import MeanPool, PromptPooler, PromptRows
+from galley_plugins.embedding.pooling import (
+    MaxPool,
+    MeanPool,
+    PromptPooler,
+    PromptRows,
+    RowsPool,
+    from_sparse,
+    to_sparse,
+)
 
 HIDDEN = 8
 
@@ -229,3 +237,44 @@ def test_rows_past_the_prompt_are_padding(pooling: Literal["mean", "last"]) -> N
     vector = pooler.pool("a", rows[2:], 2)
     assert vector is not None
     np.testing.assert_allclose(vector.numpy(), expected, atol=1e-6)
+
+
+def test_a_head_sees_the_texts_rows_alone_and_their_largest_values_are_kept() -> None:
+    rows = torch.tensor([[9.0, 9.0], [1.0, -2.0], [0.5, 3.0], [8.0, 8.0]])
+    prompt = PromptRows(4, 1, 3)
+    seen: list[int] = []
+
+    def head(part: torch.Tensor) -> torch.Tensor:
+        seen.append(len(part))
+        return torch.cat([part, -part], dim=-1)
+
+    pooler = PromptPooler(lambda rows: MaxPool(rows, head))
+    pooler.add("a", prompt, normalize=False)
+    assert pooler.pool("a", rows[:2], 0) is None
+    vector = pooler.pool("a", rows[2:], 2)
+    assert vector is not None
+    assert vector.tolist() == [1.0, 3.0, -0.5, 2.0]
+    assert seen == [1, 1]
+
+
+def test_sparse_vectors_are_the_largest_positive_weights() -> None:
+    vector = torch.tensor([0.0, 2.0, -1.0, 0.5, 3.0])
+    assert from_sparse(to_sparse(vector, 2)) == {4: 3.0, 1: 2.0}
+    assert from_sparse(to_sparse(vector, 99)) == {4: 3.0, 1: 2.0, 3: 0.5}
+    assert from_sparse(to_sparse(-vector.abs(), 3)) == {}
+
+
+def test_rows_of_length_one_are_side_by_side() -> None:
+    pooler = PromptPooler(lambda rows: RowsPool((0, rows.length - 1), unit=True))
+    pooler.add("a", PromptRows(3, 0, 3), normalize=False)
+    vector = pooler.pool("a", torch.tensor([[3.0, 4.0], [1.0, 1.0], [0.0, 2.0]]), 0)
+    assert vector is not None
+    assert vector.tolist() == pytest.approx([0.6, 0.8, 0.0, 1.0])
+
+
+def test_a_part_of_a_vector_is_left_as_it_is() -> None:
+    pooler = PromptPooler(last_row, every_row=False)
+    pooler.add("a", PromptRows(1, 0, 1, part=True), dimensions=1, normalize=True)
+    vector = pooler.pool("a", torch.tensor([[3.0, 4.0]]), 0)
+    assert vector is not None
+    assert vector.tolist() == [3.0, 4.0]

@@ -67,6 +67,10 @@ def test_the_server_listens_and_is_named_as_asked(
     assert values.disable_uvicorn_access_log
 
 
+def without_steps(options: PluginOptions) -> PluginOptions:
+    return replace(options, step_tokens=None, embed_step_tokens=None)
+
+
 def test_one_engine_for_both_tasks_generates_and_takes_means_in_the_plugin(
     served: Callable[..., Any],
 ) -> None:
@@ -79,11 +83,11 @@ def test_one_engine_for_both_tasks_generates_and_takes_means_in_the_plugin(
     assert values.scheduler_cls == "galley_plugins.scheduling.make_scheduler"
     assert values.hf_overrides == {"is_matryoshka": True}
     assert values.tool_strict_level == "parameter"
-    assert options_of(values) == PluginOptions(embedding=EmbeddingOptions())
+    assert without_steps(options_of(values)) == PluginOptions(embedding=EmbeddingOptions())
     values = served(replace(BOTH, embedding=LAST))
     assert values.pooler_config.seq_pooling_type == "LAST"
     assert values.pooler_config.use_activation is False
-    assert options_of(values) == PluginOptions(embedding=LAST)
+    assert without_steps(options_of(values)) == PluginOptions(embedding=LAST)
 
 
 def test_an_engine_that_only_generates_is_vllms_own(
@@ -158,11 +162,34 @@ def test_on_a_cpu_steps_grow_with_the_cores_and_chats_never_fill_one(
     for cores in (1, 2, 4, 16, 64, 192):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         values = served(BOTH)
-        assert 1 < values.max_num_seqs < values.max_num_batched_tokens
-        tokens.append(values.max_num_batched_tokens)
+        steps = options_of(values)
+        assert 1 < values.max_num_seqs < steps.step_tokens
+        assert steps.step_tokens <= steps.embed_step_tokens == values.max_num_batched_tokens
+        alone = served(GENERATE).max_num_batched_tokens
+        assert alone == steps.step_tokens  # chats wait no longer for it beside embeddings
+        tokens.append(alone)
     assert tokens == sorted(tokens)
     assert tokens[0] < tokens[3]
     assert 32 <= tokens[0] <= tokens[-1] <= 2048
+
+
+def test_steps_that_a_user_chose_stay_for_embeddings_too(served: Callable[..., Any]) -> None:
+    values = served(BOTH, max_num_batched_tokens=100)
+    assert values.max_num_batched_tokens == 100
+    assert options_of(values).step_tokens == 100
+    assert options_of(values).embed_step_tokens is None
+
+
+def test_an_engine_for_embeddings_alone_has_long_steps(served: Callable[..., Any]) -> None:
+    alone = replace(BOTH, tasks=frozenset({"embed"}), embedding=EmbeddingOptions(method="echo"))
+    assert served(alone).max_num_batched_tokens > served(BOTH).max_num_batched_tokens
+
+
+def test_vllms_own_pooling_runner_keeps_its_steps_which_hold_a_whole_prompt(
+    served: Callable[..., Any], parser: argparse.ArgumentParser
+) -> None:
+    values = served(replace(BOTH, tasks=frozenset({"embed"})))
+    assert untouched(parser, values, "max_num_batched_tokens", "max_num_seqs")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +317,8 @@ def test_an_engine_for_both_tasks_keeps_chunked_prefill_and_prefix_caching(
     assert config.scheduler_config.enable_chunked_prefill
     assert config.cache_config.enable_prefix_caching
     assert config.model_config.is_matryoshka
-    assert PluginOptions.from_vllm_config(config) == PluginOptions(embedding=EmbeddingOptions(method=method))
+    found = PluginOptions.from_vllm_config(config)
+    assert without_steps(found) == PluginOptions(embedding=EmbeddingOptions(method=method))
 
 
 def speculating(tmp_path: Path, device: str, **options: Any) -> dict[str, Any]:
@@ -331,7 +359,8 @@ def test_a_batch_has_room_for_a_prompt_of_one_step_and_steps_are_as_small_as_bef
     values = served(replace(BOTH, embedding=TP))
     assert values.max_num_batched_tokens == 2048 + values.max_num_seqs
     assert values.max_num_seqs == plain.max_num_seqs
-    assert options_of(values).step_tokens == plain.max_num_batched_tokens
+    assert options_of(values).step_tokens == options_of(plain).step_tokens
+    assert options_of(values).embed_step_tokens == options_of(plain).embed_step_tokens
     speculating = replace(BOTH, embedding=TP, speculation=SpeculationOptions(max_draft_tokens=8))
     values = served(speculating, max_num_seqs=10, max_num_batched_tokens=100)
     assert values.max_num_batched_tokens == 2048 + 10 * 9

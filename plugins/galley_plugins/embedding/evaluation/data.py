@@ -51,6 +51,22 @@ class Labelled:
     labels: list[str]
 
 
+def data_folder(folder: Path | None) -> Path:
+    """The folder, if there is one.
+
+    Raises:
+        DataError: saying what it should hold.
+    """
+    if folder is None or not folder.is_dir():
+        raise DataError(
+            f"--data: found {folder}, expected a folder with sts/stsb_en_test.csv, from github.com/PhilipMay/"
+            "stsb-multi-mt; retrieval/cran.all.1400.xml, cran.qry.xml and cranqrel.trec.txt, from github.com/"
+            "oussbenk/cranfield-trec-dataset; cls/train.csv and test.csv, banking77 from github.com/"
+            "PolyAI-LDN/task-specific-datasets"
+        )
+    return folder
+
+
 def sts_pairs(path: Path) -> Pairs:
     """A CSV of `sentence,sentence,score` without a header, as the STS benchmark is published.
 

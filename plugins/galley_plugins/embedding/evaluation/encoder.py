@@ -6,7 +6,7 @@ import base64
 import contextlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import numpy as np
@@ -25,7 +25,7 @@ class ServerError(RuntimeError):
 
 
 class EndpointEncoder:
-    """`/v1/embeddings` of an OpenAI-compatible server.
+    """`/v1/embeddings` of an OpenAI-compatible server; leaving its context closes the connections.
 
     Args:
         url: of the server, without `/v1`.
@@ -47,6 +47,12 @@ class EndpointEncoder:
         self._client = httpx.Client(base_url=base, timeout=timeout, headers=headers)
         self._model = model
         self._extra = extra or {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
 
     def encode(
         self, texts: Sequence[str], *, done: Callable[[int], None] = lambda count: None, **fields: Any

@@ -20,7 +20,7 @@ def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def sts_spearman(first: NDArray[Any], second: NDArray[Any], pairs: Pairs) -> float:
-    """Spearman's correlation of cosines with scores, times 100.
+    """Spearman's correlation of cosines with scores, times 100; 0 if all cosines are the same.
 
     Args:
         first, second: [pairs, dimensions]
@@ -28,6 +28,8 @@ def sts_spearman(first: NDArray[Any], second: NDArray[Any], pairs: Pairs) -> flo
     from scipy.stats import spearmanr
 
     cosines = (unit(first) * unit(second)).sum(1)
+    if np.ptp(cosines) == 0:
+        return 0.0
     return float(spearmanr(cosines, pairs.scores).statistic) * 100
 
 

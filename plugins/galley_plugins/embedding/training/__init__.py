@@ -1,0 +1,1 @@
+"""Training the methods that bring an adapter: `galley embed train gem|causal2vec|nv-embed`."""
