@@ -1,0 +1,53 @@
+"""Perplexity of a text under a running server, by the log-probabilities of prompts."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from loadtest.servers import NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loadtest.servers import Server
+
+
+def windows(ids: Sequence[int], count: int, length: int) -> list[list[int]]:
+    """The first `count` windows of `length` tokens, one behind the other.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    if len(ids) < count * length:
+        raise ValueError(f"found {len(ids)} tokens, expected {count} windows of {length}")
+    return [list(ids[place * length : (place + 1) * length]) for place in range(count)]
+
+
+def perplexity(server: Server, texts: Sequence[list[int]]) -> float:
+    """exp of the mean negative log-likelihood in nats; a text's first token is given.
+
+    Args:
+        texts: token ids, each at most as long as the server takes.
+    """
+    likelihoods = [value for ids in texts for value in log_likelihoods(_prompt_logprobs(server, ids), ids)]
+    return math.exp(-math.fsum(likelihoods) / len(likelihoods))
+
+
+def log_likelihoods(rows: Sequence[dict[str, dict[str, Any]] | None], ids: Sequence[int]) -> list[float]:
+    """Of each token but the first, out of an answer's `prompt_logprobs`.
+
+    Raises:
+        ValueError: there are not as many rows as tokens.
+    """
+    if len(rows) != len(ids):
+        raise ValueError(f"found log-probabilities of {len(rows)} tokens, expected {len(ids)}")
+    return [row[str(token)]["logprob"] for row, token in zip(rows, ids, strict=True) if row is not None]
+
+
+def _prompt_logprobs(server: Server, ids: list[int]) -> list[dict[str, dict[str, Any]] | None]:
+    body = {"model": NAME, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    answer = server.client.post("/v1/completions", json=body)
+    answer.raise_for_status()
+    rows: list[dict[str, dict[str, Any]] | None] = answer.json()["choices"][0]["prompt_logprobs"]
+    return rows
