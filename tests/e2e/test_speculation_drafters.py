@@ -17,10 +17,23 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 256}
+# 30 layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block: one request of the longest kind fits
+SMALL_CACHE = {
+    "kv-cache-memory-bytes": 66 * 30 * 2 * 3 * 64 * 4 * 32,
+    "no-scheduler-reserve-full-isl": True,
+}
 TOKENS = 48
 MANY, FEW = 24, 8  # prompts at batch 8 and at batch 1
 STOP = {"stop": ["\n\n", "tea"]}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}},
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+GRAMMAR = {"response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}}
 DRAFTED, ACCEPTED = "galley_speculation_draft_tokens_total", "galley_speculation_accepted_tokens_total"
+PREEMPTED = "vllm:num_preemptions_total"
 
 
 def texts(server: Server, prompts: list[str], width: int, **fields: Any) -> list[str]:
@@ -38,12 +51,14 @@ def plain(plain_engine: Server) -> dict[str, list[str]]:
     return {
         "greedy": texts(plain_engine, prompts[:MANY], 8),
         "stop": texts(plain_engine, prompts[:FEW], 8, **STOP),
+        "grammar": texts(plain_engine, prompts[:FEW], 8, **GRAMMAR),
     }
 
 
 @pytest.fixture(scope="module", params=["trigram", "recycling", "prompt-lookup"])
 def engine(request: pytest.FixtureRequest, plain: dict[str, list[str]]) -> Iterator[Server]:
-    with galley_worker(OPTIONS, "--speculation", json.dumps({"method": request.param})) as server:
+    options = {**OPTIONS, **SMALL_CACHE}
+    with galley_worker(options, "--speculation", json.dumps({"method": request.param})) as server:
         yield server
 
 
@@ -51,13 +66,21 @@ def engine(request: pytest.FixtureRequest, plain: dict[str, list[str]]) -> Itera
 def test_greedy_answers_are_the_same(
     engine: Server, plain: dict[str, list[str]], width: int, count: int
 ) -> None:
-    before = engine.metric(ACCEPTED)
+    before, preempted = engine.metric(ACCEPTED), engine.metric(PREEMPTED)
     assert texts(engine, spec_prompts(60)[:count], width) == plain["greedy"][:count]
     assert engine.metric(ACCEPTED) > before + count
+    if width > 1:  # more than the cache holds
+        assert engine.metric(PREEMPTED) > preempted
 
 
 def test_stop_strings_end_answers_where_they_did(engine: Server, plain: dict[str, list[str]]) -> None:
     assert texts(engine, spec_prompts(60)[:FEW], 8, **STOP) == plain["stop"]
+
+
+def test_grammars_give_what_they_gave(engine: Server, plain: dict[str, list[str]]) -> None:
+    answers = texts(engine, spec_prompts(60)[:FEW], 8, **GRAMMAR)
+    assert answers == plain["grammar"]
+    assert all(answer.startswith("{") for answer in answers)
 
 
 def test_hybrid_drafts_in_the_models_own_type() -> None:
