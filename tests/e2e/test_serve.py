@@ -177,7 +177,8 @@ def cancel_a_stream_after_the_first_byte(galley: Server) -> None:
         httpx.Client(base_url=galley.url, timeout=30) as client,
         client.stream("POST", CHAT, json=stream) as answer,
     ):
-        next(answer.iter_raw())
+        chunks = answer.iter_raw()  # kept: the connection is closed where its iterator is dropped
+        next(chunks)
         wait_until_running(galley)
 
 
@@ -209,9 +210,9 @@ def test_a_client_that_leaves_ends_the_engines_work(galley: Server, how: str) ->
     A running step of the engine cannot be interrupted, so on a machine that is busy with other things two of the
     engine's own prefill steps, timed here, are the limit where they take longer.
     """
-    limit = max(200, 2 * prefill_step_milliseconds(galley))
-    times = []
+    times, steps = [], []
     for turn in range(5):
+        steps.append(prefill_step_milliseconds(galley))
         if how == "streaming":
             cancel_a_stream_after_the_first_byte(galley)
         elif how == "unary":
@@ -220,7 +221,7 @@ def test_a_client_that_leaves_ends_the_engines_work(galley: Server, how: str) ->
             question = [{"role": "user", "content": long_text(200, seed=turn)}]
             cancel_before_the_first_byte(galley, messages=question, stream=True)
         times.append(milliseconds_until_idle(galley))
-    assert statistics.median(times) < limit, times
+    assert statistics.median(times) < max(200, 2 * max(steps)), (times, steps)
     deadline = time.monotonic() + 5
     while galley.metric("galley_in_flight_requests") > 0:
         assert time.monotonic() < deadline

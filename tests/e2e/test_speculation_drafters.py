@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 256}
-# 30 layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block: one request of the longest kind fits
+# 30 layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block: one request of the longest kind fits,
+# the stories together do not.
 SMALL_CACHE = {
     "kv-cache-memory-bytes": 66 * 30 * 2 * 3 * 64 * 4 * 32,
     "no-scheduler-reserve-full-isl": True,
@@ -25,6 +26,12 @@ SMALL_CACHE = {
 TOKENS = 48
 MANY, FEW = 24, 8  # prompts at batch 8 and at batch 1
 STOP = {"stop": ["\n\n", "tea"]}
+STORIES = [
+    f"Tell me a story about {hero}."
+    for first in ("a brave", "an old", "a small")
+    for hero in (f"{first} whale", f"{first} clock", f"{first} bridge", f"{first} farmer")
+]
+LONG = {"max_tokens": 200, "ignore_eos": True}
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"type": "string"}},
@@ -38,7 +45,9 @@ PREEMPTED = "vllm:num_preemptions_total"
 
 def texts(server: Server, prompts: list[str], width: int, **fields: Any) -> list[str]:
     def ask(prompt: str) -> str:
-        return server.chat(prompt, max_tokens=TOKENS, **fields)["choices"][0]["message"]["content"]
+        answer = server.chat(prompt, **{"max_tokens": TOKENS, **fields})
+        text: str = answer["choices"][0]["message"]["content"]
+        return text
 
     with ThreadPoolExecutor(width) as pool:
         return list(pool.map(ask, prompts))
@@ -52,6 +61,7 @@ def plain(plain_engine: Server) -> dict[str, list[str]]:
         "greedy": texts(plain_engine, prompts[:MANY], 8),
         "stop": texts(plain_engine, prompts[:FEW], 8, **STOP),
         "grammar": texts(plain_engine, prompts[:FEW], 8, **GRAMMAR),
+        "stories": texts(plain_engine, STORIES, 8, **LONG),
     }
 
 
@@ -66,11 +76,18 @@ def engine(request: pytest.FixtureRequest, plain: dict[str, list[str]]) -> Itera
 def test_greedy_answers_are_the_same(
     engine: Server, plain: dict[str, list[str]], width: int, count: int
 ) -> None:
-    before, preempted = engine.metric(ACCEPTED), engine.metric(PREEMPTED)
+    before = engine.metric(ACCEPTED)
     assert texts(engine, spec_prompts(60)[:count], width) == plain["greedy"][:count]
     assert engine.metric(ACCEPTED) > before + count
-    if width > 1:  # more than the cache holds
-        assert engine.metric(PREEMPTED) > preempted
+
+
+def test_answers_preempted_amid_their_drafts_are_the_same(
+    engine: Server, plain: dict[str, list[str]]
+) -> None:
+    accepted, preempted = engine.metric(ACCEPTED), engine.metric(PREEMPTED)
+    assert texts(engine, STORIES, len(STORIES), **LONG) == plain["stories"]
+    assert engine.metric(ACCEPTED) > accepted
+    assert engine.metric(PREEMPTED) > preempted
 
 
 def test_stop_strings_end_answers_where_they_did(engine: Server, plain: dict[str, list[str]]) -> None:
