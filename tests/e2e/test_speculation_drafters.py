@@ -28,7 +28,7 @@ MANY, FEW = 24, 8  # prompts at batch 8 and at batch 1
 STOP = {"stop": ["\n\n", "tea"]}
 STORIES = [
     f"Tell me a story about {hero}."
-    for first in ("a brave", "an old", "a small")
+    for first in ("a brave", "an old", "a small", "the last")
     for hero in (f"{first} whale", f"{first} clock", f"{first} bridge", f"{first} farmer")
 ]
 LONG = {"max_tokens": 200, "ignore_eos": True}
