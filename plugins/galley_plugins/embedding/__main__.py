@@ -127,7 +127,7 @@ def tune_command(
         Path, typer.Argument(metavar="DEV.CSV", help="Labelled pairs: sentence,sentence,score, no header.")
     ],
     prompt: Annotated[str, typer.Option(help="A template's name, or a template.")] = "prompt-eol",
-    pairs: Annotated[int, typer.Option(min=10, help="Of them, how many.")] = 600,
+    pairs: Annotated[int, typer.Option(min=10, help="Of them, how many, spread over the file.")] = 1500,
     start: Annotated[int, typer.Option(min=1, help="First layer of copying.")] = 1,
     longest: Annotated[int, typer.Option(min=1, help="Most layers of copying to try.")] = 10,
     out: Annotated[Path | None, typer.Option(help="Write every trial there as JSON.")] = None,
@@ -140,7 +140,7 @@ def tune_command(
     from galley_plugins.embedding.templates import PLACEHOLDER, Template
     from galley_plugins.embedding.tuning import LayerStates, ranges, trials
 
-    labelled = sts_pairs(dev).head(pairs)
+    labelled = sts_pairs(dev).spread(pairs)
     template = Template.named(prompt)
     if PLACEHOLDER not in template.pieces:
         raise typer.BadParameter(f"--prompt: found {prompt!r}, expected {PLACEHOLDER} in it")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from galley_plugins.embedding.evaluation.data import DataError, cranfield, labelled, sts_pairs
+from galley_plugins.embedding.evaluation.data import DataError, Pairs, cranfield, labelled, sts_pairs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ def test_pairs_with_quotes_and_commas(tmp_path: Path) -> None:
     assert pairs.first == ["A man runs.", 'He said "no".']
     assert pairs.second == ["A man, running.", "No."]
     assert pairs.scores == [4.5, 0.0]
-    assert len(pairs.head(1)) == 1
+    assert len(pairs.spread(1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,11 @@ def test_cranfield_numbers_queries_by_their_place(tmp_path: Path) -> None:
     assert found.documents == {"1": "lift of a wing", "2": ""}
     assert found.queries == {"1": "wings", "2": "drag"}
     assert found.gains == {"1": {"2": 1.0}, "2": {"1": 0.0}}
+
+
+def test_a_part_of_the_pairs_is_spread_over_the_file() -> None:
+    """Six pairs of two genres in turn, of which the first half of the file would be one alone."""
+    pairs = Pairs(list("aaabbb"), list("AAABBB"), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    assert pairs.spread(3) == Pairs(["a", "a", "b"], ["A", "A", "B"], [0.0, 2.0, 4.0])
+    assert pairs.spread(4).scores == [0.0, 1.0, 3.0, 4.0]
+    assert pairs.spread(None) == pairs.spread(7) == pairs

@@ -30,8 +30,17 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def head(self, count: int | None) -> Pairs:
-        return Pairs(self.first[:count], self.second[:count], self.scores[:count])
+    def spread(self, count: int | None) -> Pairs:
+        """`count` of them at equal distances, since files are often sorted by genre; else all."""
+        if count is None or count >= len(self):
+            return self
+        places = [index * len(self) // count for index in range(count)]
+        first, second, scores = self.first, self.second, self.scores
+        return Pairs(
+            [first[place] for place in places],
+            [second[place] for place in places],
+            [scores[place] for place in places],
+        )
 
 
 @dataclass(frozen=True)

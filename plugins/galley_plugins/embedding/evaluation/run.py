@@ -42,7 +42,7 @@ class Progress(Protocol):
 
 def sts(folder: Path, encoder: Encoder, progress: Progress, limit: int | None, split: str) -> Result:
     """STS benchmark: Spearman's correlation of cosines with people's scores."""
-    pairs = data.sts_pairs(folder / "sts" / f"stsb_en_{split}.csv").head(limit)
+    pairs = data.sts_pairs(folder / "sts" / f"stsb_en_{split}.csv").spread(limit)
     done = progress.begin("sts", 2 * len(pairs))
     vectors = encoder.encode([*pairs.first, *pairs.second], done=done)
     value = metrics.sts_spearman(vectors[: len(pairs)], vectors[len(pairs) :], pairs)
