@@ -55,11 +55,17 @@ def reference_of(method: str, adapters: Path | None) -> Callable[[str], torch.Te
     if method == "token-prepending":
         from transformers import AutoConfig
 
-        from galley_plugins.embedding.methods.token_prepending import START_LAYER, family_layers
+        from galley_plugins.embedding.methods.token_prepending import START_LAYER, family_of
         from galley_plugins.models import resolve
 
-        stop, layer = family_layers(AutoConfig.from_pretrained(resolve(MODEL)))
-        return partial(reference.token_prepending, start=START_LAYER, stop=stop, layer=layer)
+        family = family_of(AutoConfig.from_pretrained(resolve(MODEL)))
+        return partial(
+            reference.token_prepending,
+            start=START_LAYER,
+            stop=family.exit_layer,
+            layer=family.output_layer,
+            before={"prompt-eol": "This", "knowledge": reference.KNOWLEDGE}[family.prompt],
+        )
     if method in ("prompt-eol", "echo"):
         return reference.prompt_eol if method == "prompt-eol" else reference.echo
     assert adapters is not None
@@ -72,7 +78,7 @@ def _trained_reference(method: str, folder: Path) -> Callable[[str], torch.Tenso
     from galley_plugins.embedding.adapter import ENCODER, WEIGHTS, load_settings
 
     settings = load_settings(folder)
-    if settings.options:
+    if settings.options.get("prompt", "plain") != "plain":
         return None
     tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
     if method == "gem":

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+KNOWLEDGE = (
+    "The essence of a sentence is often captured by its main subjects and actions, while descriptive terms "
+    "provide additional but less central details. With this in mind , this"
+)
+
+
 @functools.cache
 def _loaded() -> tuple[Any, Any]:
     folder = resolve(MODEL)
@@ -68,10 +74,12 @@ def prompt_eol(sentence: str, layer: int = -1) -> torch.Tensor:
 
 
 @torch.no_grad()
-def token_prepending(sentence: str, start: int, stop: int, layer: int = -1) -> torch.Tensor:
-    """Token Prepending on the same prompt, by hooks on transformers' layers `start` to `stop - 1`."""
+def token_prepending(
+    sentence: str, start: int, stop: int, layer: int = -1, before: str = "This"
+) -> torch.Tensor:
+    """Token Prepending by hooks on transformers' layers `start` to `stop - 1`; `before` opens the prompt."""
     tokenizer, model = _loaded()
-    ids = _ids(f'This sentence : <repo_name> "{sentence}" means in one word:"')
+    ids = _ids(f'{before} sentence : <repo_name> "{sentence}" means in one word:"')
     place = ids.index(tokenizer.convert_tokens_to_ids("<repo_name>"))
 
     def prepend(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[str], torch.Tensor]]] = {
     "prompt-eol": ({"output_layer": 20}, partial(reference.prompt_eol, layer=20)),
     "echo": ({}, reference.echo),
     "token-prepending": (
-        {"start_layer": 2, "exit_layer": 8, "output_layer": 27},
+        {"prompt": "prompt-eol", "start_layer": 2, "exit_layer": 8, "output_layer": 27},
         partial(reference.token_prepending, start=2, stop=8, layer=27),
     ),
 }
@@ -95,9 +95,10 @@ def refused(server: Server, body: dict[str, Any]) -> str:
     return message
 
 
-def test_smollm2s_own_layers_are_taken_where_nothing_else_is_said(engine: Server) -> None:
+def test_smollm2s_own_prompt_and_layers_are_taken_where_nothing_else_is_said(engine: Server) -> None:
     (vector,) = engine.embed(SENTENCES[1])
-    assert reference.cosine(vector, reference.token_prepending(SENTENCES[1], 1, 5, -3)) > 0.9999
+    expected = reference.token_prepending(SENTENCES[1], 1, 6, -3, reference.KNOWLEDGE)
+    assert reference.cosine(vector, expected) > 0.9999
 
 
 def test_token_ids_get_the_prompt_too(engine: Server) -> None:
