@@ -42,7 +42,7 @@ FAMILIES: dict[tuple[str, int], Family] = {
     ("llama", 128_256): Family(3, -2),  # Llama 3
     ("qwen2", 152_064): Family(6, -2),
     ("gemma2", 256_000): Family(6, -2),
-    ("llama", 49_152): Family(7, -3, "knowledge"),  # SmolLM2
+    ("llama", 49_152): Family(5, -3, "knowledge"),  # SmolLM2
 }
 
 
