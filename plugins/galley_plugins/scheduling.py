@@ -6,15 +6,21 @@
 - A method may need all of a prompt in one step: it waits for a step that has room, however many tokens a step
   has for others.
 - Steps are short for the sake of chats, which wait for the end of each; while none runs, they may be longer.
+- Chats come first: they pass waiting embeddings, and of a step with chats, embeddings get the share that chats
+  hardly feel (`StepShare`). Of a chat's long prompt, a step leaves that share to embeddings, so that neither
+  stops the other. With priorities (`--scheduling-policy priority`), these say who passes whom.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from galley_plugins import vllm_compat
 from galley_plugins.embedding.methods import make_method
 from galley_plugins.options import PluginOptions
+from galley_plugins.step_share import StepShare
 
 if TYPE_CHECKING:
     from galley_plugins.embedding.methods.method import Method
@@ -34,6 +40,12 @@ class EmbeddingScheduler:
         self._most_step_tokens = most
         self._chats: set[str] = set()  # ids of requests that generate; some may have ended
         self._whole_waiting: dict[str, int] = {}  # request id -> tokens of its prompt
+        config = vllm_config.scheduler_config
+        self._step_share = StepShare(self._step_tokens // 2, lag=int(bool(config.async_scheduling)))
+        self._passing = config.policy == "fcfs"
+        self._decode_tokens = 1 + vllm_config.num_speculative_tokens  # no more than these are never split
+        self._embed_left: int | None = None  # tokens of this step; None is any number
+        self._chat_left: int | None = None
         if self._method.own_cache or self._method.uncached_tail:
             _leave_out_of_cache(self, None if self._method.own_cache else self._method.uncached_tail)
 
@@ -50,6 +62,7 @@ class EmbeddingScheduler:
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._chats &= self.requests.keys()
         step_tokens = self._step_tokens if self._chats else self._embed_step_tokens
+        reading = self._share_out()
         self.max_num_scheduled_tokens = step_tokens
         if self._whole_waiting:
             running = sum(
@@ -60,7 +73,41 @@ class EmbeddingScheduler:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         for request_id in output.num_scheduled_tokens:
             self._whole_waiting.pop(request_id, None)
+        if self._chats:
+            embedded = sum(
+                tokens
+                for request_id, tokens in output.num_scheduled_tokens.items()
+                if request_id not in self._chats
+            )
+            self._step_share.end(None if reading else embedded)
         return output
+
+    def _share_out(self: Any) -> bool:
+        """Part the step between chats and embeddings; whether a chat's prompt is yet to be read."""
+        self._embed_left = self._chat_left = None
+        if not self._chats:
+            self._step_share.pause()
+            return False
+        self._step_share.begin(time.perf_counter())
+        if len(self._chats) < len(self.requests):
+            if not self._method.whole_prompt:
+                self._embed_left = self._step_share.tokens()
+                self._chat_left = self._step_tokens - self._wanted(self._embed_left)
+            if self._passing:
+                self.running.sort(key=_embeds)
+                _chats_first(self.waiting)
+        chats = (self.requests[request_id] for request_id in self._chats)
+        return any(request.num_computed_tokens < request.num_prompt_tokens for request in chats)
+
+    def _wanted(self: Any, most: int) -> int:
+        """Tokens that embeddings have left to compute, or `most`."""
+        wanted = 0
+        for request in self.requests.values():
+            if request.pooling_params is not None:
+                wanted += request.num_tokens - request.num_computed_tokens
+                if wanted >= most:
+                    return most
+        return wanted
 
     def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.pooling_params is not None and self._method.whole_prompt:
@@ -76,10 +123,32 @@ class EmbeddingScheduler:
     def _reserve_prefill_lookahead(
         self: Any, request: Any, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """vLLM's own last word on where a prefill may be split; such a prompt nowhere."""
+        """vLLM's own last word on how many tokens of a request a step has, and where a prefill is split."""
         count: int = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)  # type: ignore[misc]
-        whole = request.pooling_params is not None and self._method.whole_prompt
-        return 0 if whole and num_computed_tokens + count < request.num_tokens else count
+        if request.pooling_params is None:
+            if self._chat_left is not None:
+                if count > self._decode_tokens:
+                    count = min(count, max(self._chat_left, 1))
+                self._chat_left -= count
+        elif self._method.whole_prompt:  # nowhere, and in whatever step has room
+            return 0 if num_computed_tokens + count < request.num_tokens else count
+        elif self._embed_left is not None:
+            count = min(count, self._embed_left)
+            self._embed_left -= count
+        return count
+
+
+def _embeds(request: Any) -> bool:
+    return request.pooling_params is not None
+
+
+def _chats_first(queue: Any) -> None:
+    """Move waiting chats before embeddings, each kind in its order; vLLM's queue is a deque."""
+    assert isinstance(queue, deque)
+    first = sorted(queue, key=_embeds)
+    if any(one is not other for one, other in zip(first, queue, strict=True)):
+        queue.clear()
+        queue.extend(first)
 
 
 def _leave_out_of_cache(scheduler: Any, tail: int | None) -> None:

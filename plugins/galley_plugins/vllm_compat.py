@@ -151,8 +151,9 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         (
             "vllm.v1.core.sched.scheduler",
             "Scheduler._reserve_prefill_lookahead",
-            "keeps such prompts from being split",
+            "keeps such prompts from being split, and others to their share of a step",
         ),
+        ("vllm.v1.core.sched.request_queue", "FCFSRequestQueue", "a deque, in which chats pass embeddings"),
         ("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", "such prompts wait again"),
         ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", "such prompts wait no more"),
         (

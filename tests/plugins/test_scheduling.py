@@ -40,7 +40,26 @@ def model(llama: Path) -> ModelConfig:
     return ModelConfig(model=str(llama), skip_tokenizer_init=True, dtype="float32")
 
 
-def scheduler(model: ModelConfig, options: PluginOptions, *, asynchronous: bool = False) -> Any:
+class Share:
+    """A share of a step that is given and writes down what it is told."""
+
+    def __init__(self, share: int) -> None:
+        self.share = share
+        self.ended: list[int | None] = []
+
+    def begin(self, now: float) -> None: ...
+    def pause(self) -> None: ...
+
+    def tokens(self) -> int:
+        return self.share
+
+    def end(self, tokens: int | None) -> None:
+        self.ended.append(tokens)
+
+
+def scheduler(
+    model: ModelConfig, options: PluginOptions, *, asynchronous: bool = False, share: int = 256
+) -> Any:
     """What an engine core with these options schedules with."""
     config = VllmConfig(
         model_config=model,
@@ -58,7 +77,7 @@ def scheduler(model: ModelConfig, options: PluginOptions, *, asynchronous: bool 
     config.cache_config.num_gpu_blocks = 64
     attention = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
     init_none_hash(sha256)
-    return config.scheduler_config.get_scheduler_cls()(
+    made = config.scheduler_config.get_scheduler_cls()(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
             num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], attention)]
@@ -66,6 +85,9 @@ def scheduler(model: ModelConfig, options: PluginOptions, *, asynchronous: bool 
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK,
     )
+    if options.pools:
+        made._step_share = Share(share)
+    return made
 
 
 def chat(name: str) -> Request:
@@ -165,6 +187,81 @@ def test_an_embedding_ends_with_the_step_that_brings_its_vector_and_no_token(mod
     assert outputs["chat"].new_token_ids == [7]
     assert not outputs["chat"].finished
     assert mean.schedule().num_scheduled_tokens == {"chat": 1}
+
+
+def sharing(model: ModelConfig, share: int) -> Any:
+    return scheduler(model, replace(MEAN, step_tokens=32, embed_step_tokens=256), share=share)
+
+
+def unlike(name: str, first: int, tokens: int = 50, *, embeds: bool = False) -> Request:
+    """A request that shares no prefix with others."""
+    parameters = (
+        {"pooling_params": PoolingParams(task="embed"), "sampling_params": None}
+        if embeds
+        else {"pooling_params": None, "sampling_params": SamplingParams(max_tokens=4)}
+    )
+    ids = list(range(first, first + tokens))
+    return Request(name, ids, **parameters, block_hasher=hasher())
+
+
+def sampled(scheduler: Any, step: Any, *decoding: str) -> None:
+    """Tell the scheduler what came of a step: one token of each of these."""
+    names = list(step.num_scheduled_tokens)
+    output = ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: index for index, name in enumerate(names)},
+        sampled_token_ids=[[7] if name in decoding else [] for name in names],
+        pooler_output=[None] * len(names),
+    )
+    scheduler.update_from_output(step, output)
+
+
+def test_embeddings_get_their_share_of_a_step_with_chats(model: ModelConfig) -> None:
+    both = sharing(model, 10)
+    assert first_chunks(both, unlike("document", 0, 200, embeds=True)) == {"document": (0, 200)}
+    both = sharing(model, 10)
+    both.add_request(unlike("document", 0, 200, embeds=True))
+    both.add_request(unlike("chat", 300, 30))
+    taken = []
+    for _ in range(3):
+        step = both.schedule()
+        taken.append(step.num_scheduled_tokens)
+        sampled(both, step, *(["chat"] if sum(each.get("chat", 0) for each in taken) >= 30 else []))
+    assert taken == [{"chat": 22, "document": 10}, {"chat": 8, "document": 10}, {"chat": 1, "document": 10}]
+    assert both._step_share.ended == [None, None, 10]  # where a prompt was read, the time says nothing
+
+
+def test_a_chat_passes_the_embeddings_that_wait_and_run(model: ModelConfig) -> None:
+    both = sharing(model, 10)
+    both.max_num_running_reqs = 2
+    for index in range(4):
+        both.add_request(unlike(f"document {index}", 1000 * index, 200, embeds=True))
+    both.schedule()  # 256 tokens: all of one document and a part of the next
+    both.add_request(unlike("chat", 5000, 20))
+    both.finish_requests("document 0", RequestStatus.FINISHED_ABORTED)
+    step = both.schedule()
+    assert step.num_scheduled_tokens == {"document 1": 10, "chat": 20}
+    sampled(both, step, "chat")
+    assert [request.request_id for request in both.running] == ["document 1", "chat"]
+    assert list(both.schedule().num_scheduled_tokens.items()) == [("chat", 1), ("document 1", 10)]
+    assert [request.request_id for request in both.waiting] == ["document 2", "document 3"]
+
+
+def test_a_step_that_measures_chats_has_no_embedding(model: ModelConfig) -> None:
+    both = sharing(model, 0)
+    both.add_request(unlike("document", 0, 200, embeds=True))
+    assert first_chunks(both, unlike("chat", 300, 50)) == {"chat": (0, 32)}
+
+
+def test_documents_alone_take_every_token_again(model: ModelConfig) -> None:
+    both = sharing(model, 10)
+    both.add_request(unlike("chat", 300, 20))
+    assert first_chunks(both, unlike("document", 0, 200, embeds=True)) == {
+        "chat": (0, 20),
+        "document": (0, 10),
+    }
+    both.finish_requests("chat", RequestStatus.FINISHED_ABORTED)
+    assert both.schedule().num_scheduled_tokens == {"document": 190}
 
 
 WHOLE = PluginOptions(
