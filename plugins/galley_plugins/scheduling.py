@@ -6,9 +6,9 @@
 - A method may need all of a prompt in one step: it waits for a step that has room, however many tokens a step
   has for others.
 - Steps are short for the sake of chats, which wait for the end of each; while none runs, they may be longer.
-- Chats come first: they pass waiting embeddings, and of a step with chats, embeddings get the share that chats
-  hardly feel (`StepShare`). Of a chat's long prompt, a step leaves that share to embeddings, so that neither
-  stops the other. With priorities (`--scheduling-policy priority`), these say who passes whom.
+- Chats come first: they pass waiting embeddings, and of a step with chats, embeddings get the share that
+  chats hardly feel (`StepShare`). A chat's long prompt leaves them that share, so that neither stops the
+  other. With priorities (`--scheduling-policy priority`), these say who passes whom.
 """
 
 from __future__ import annotations
