@@ -7,6 +7,7 @@ from importlib import metadata
 
 from galley_plugins import progress, vllm_compat
 from galley_plugins.processes import die_with
+from galley_plugins.worker import preloading
 
 DISTRIBUTION = "galley-serve"
 STAGE = "plugins loaded"
@@ -25,9 +26,11 @@ def register() -> None:
         return
     vllm_compat.check_version()
     _register_models()
+    _register_kernels()
+    preloading.adopt()
     process = multiprocessing.current_process()
     parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
+    if parent is not None and parent.pid is not None and not preloading.forked():
         die_with(parent.pid)
     _registered = True
     progress.report(STAGE, process=process.name, **versions())
@@ -41,6 +44,15 @@ def _register_models() -> None:
 
     AutoConfig.register(MODEL_TYPE, NVEmbedConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"galley_plugins.embedding.nv_embed_model:{ARCHITECTURE}")
+
+
+def _register_kernels() -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from galley_plugins import cpu_kernels
+
+        cpu_kernels.register()
 
 
 def versions() -> dict[str, str]:

@@ -136,6 +136,15 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ),
         ("vllm.v1.engine.async_llm", "AsyncLLM.encode", "texts of other routes get the same prompts"),
     ),
+    "cpu-kernels": (
+        ("vllm.ir.op", "IrOp.register_impl", "takes implementations from outside"),
+        ("vllm.ir.ops", "rms_norm", "has a compiled kernel on a CPU too"),
+        ("vllm.ir.ops", "fused_add_rms_norm", "has a compiled kernel on a CPU too"),
+    ),
+    "preloading": (
+        ("vllm.v1.engine.utils", "get_mp_context", "starts the engine core"),
+        ("vllm.v1.executor.multiproc_executor", "get_mp_context", "starts the workers"),
+    ),
     "worker-cpu": (
         ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),
     ),

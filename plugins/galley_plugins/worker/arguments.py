@@ -32,6 +32,9 @@ EMBED_ALONE_TOKENS_PER_CORE = (
 
 MOST_STEP_TOKENS = 2048
 
+# In vLLM's registry: the compiled norms of `galley_plugins.cpu_kernels`, and vLLM's for what they refuse.
+COMPILED_NORMS = {name: ["galley_cpu", "native"] for name in ("rms_norm", "fused_add_rms_norm")}
+
 MOST_REQUESTS = 1024  # that vLLM runs at once by default, on a large GPU
 
 # Where vLLM's parser differs from its habit of `--no-NAME` for false and `--NAME a b` for a list.
@@ -137,11 +140,13 @@ def _cpu_options(spec: WorkerSpec) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     each = PREFILL_TOKENS_PER_CORE if "generate" in spec.tasks else EMBED_ALONE_TOKENS_PER_CORE
     prefill = min(max(cores * each, 48), MOST_STEP_TOKENS)
-    cache = {"kv-cache-memory-bytes": min(2 * GiB, available_bytes() // 4)}
+    common: dict[str, Any] = {"kv-cache-memory-bytes": min(2 * GiB, available_bytes() // 4)}
+    if not spec.compiled:  # torch.compile fuses by itself
+        common["ir-op-priority"] = COMPILED_NORMS
     if spec.pooling_runner:
-        return cache  # it pools whole prompts: its own steps are long enough for one
+        return common  # it pools whole prompts: its own steps are long enough for one
     return {
-        **cache,
+        **common,
         "max-num-batched-tokens": prefill,
         "max-num-seqs": min(prefill // 2, 256),  # running chats never take the whole step
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from galley_plugins.models.store import cache_root
+from galley_plugins.worker import preloading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,6 +54,7 @@ def worker_environment(
         if not compiled:
             # vLLM's sampler compiles two small functions when a request first needs them, and everyone waits.
             defaults["TORCH_COMPILE_DISABLE"] = "1"
+            defaults[preloading.VARIABLE] = "1"  # compilers start threads, which no fork keeps
     for name, value in defaults.items():
         environment.setdefault(name, value)
     if device == "cpu":

@@ -5,11 +5,16 @@ The command itself asks for the version of a distribution called `vllm`, which t
 
 from __future__ import annotations
 
+import os
+
 from galley_plugins import vllm_compat
+from galley_plugins.worker import preloading
 
 
 def main() -> None:
     vllm_compat.check_version()
+    if os.environ.get(preloading.VARIABLE) == "1":
+        preloading.start()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

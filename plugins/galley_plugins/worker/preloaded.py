@@ -1,0 +1,11 @@
+"""What the fork server of `preloading` imports: all that an engine core or a worker on a CPU imports."""
+
+import os
+
+import vllm.v1.engine.core
+import vllm.v1.executor.multiproc_executor
+import vllm.v1.worker.cpu_worker  # noqa: F401
+
+from galley_plugins.processes import die_with
+
+die_with(os.getppid())  # the API server; what was forked from here goes with it
