@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 MODEL = "builtin:smollm2-135m-instruct"
 NAME = "smollm2"
-START_SECONDS = 240.0
+START_SECONDS = 600.0
+ANSWER_SECONDS = 600.0
 FLOAT32 = {"dtype": "float32", "max-model-len": 2048, "kv-cache-memory-bytes": 256 * 1024 * 1024}
 
 
@@ -34,7 +35,7 @@ class Server:
         self.url = url
         self.process = process
         self.log = log
-        self.client = httpx.Client(base_url=url, timeout=120)
+        self.client = httpx.Client(base_url=url, timeout=ANSWER_SECONDS)
 
     def metric(self, name: str, path: str = "/metrics") -> float:
         """Sum of a metric's samples over its labels; 0 if it has none yet."""

@@ -39,8 +39,6 @@ BASE, OURS, WARM = "none", "hybrid", "-warm"
 GALLEY = ("trigram", "recycling", "prompt-lookup", OURS, "self")
 METHODS = (BASE, *PEERS, *(name for name in GALLEY if name != "self"), OURS + WARM)  # measured by default
 
-ANSWER_SECONDS = 600.0
-
 
 def settings_of(content: bytes, **own: Any) -> dict[str, Any]:
     """All that answers depend on: the engine, versions, the file of prompts (`content`) and a run's `own`."""
@@ -74,5 +72,4 @@ def serving(method: str) -> Iterator[tuple[Server, float]]:
         config = speculation_of(kind)
         scope = plain_vllm({**SETTINGS, **({"speculative-config": config} if config else {})}, environment)
     with scope as server:
-        server.client.timeout = ANSWER_SECONDS
         yield server, time.monotonic() - start

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+ENGINE_SECONDS = 1800  # only so that nothing hangs: a slow machine needs several times a fast one's
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.timeout(ENGINE_SECONDS))
+
+
 @pytest.fixture(scope="session")
 def plain_engine() -> Iterator[Server]:
     """vLLM itself, without plugins, for the answers that others are compared with; it idles while they run."""

@@ -16,7 +16,7 @@ from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 V2_ON_CPU = Path(__file__).parents[1] / "support" / "v2_on_cpu"
 OPTIONS = {**FLOAT32, "max-model-len": 1024, "max-num-batched-tokens": 128, "max-num-seqs": 8}

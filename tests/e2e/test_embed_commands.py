@@ -17,7 +17,7 @@ from loadtest.servers import MODEL, NAME, Server
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 PAIRS = [
     ("A man is playing a guitar.", "Someone plays the guitar.", 4.6),
@@ -66,7 +66,7 @@ def data(tmp_path: Path) -> Path:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "galley", "embed", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def correlation(cosines: list[float]) -> float:

@@ -18,7 +18,7 @@ from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 # Prompts longer than a step are computed in chunks, or in a step of their own.
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 64}

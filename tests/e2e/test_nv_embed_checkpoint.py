@@ -18,7 +18,7 @@ from loadtest.servers import FLOAT32, MODEL, NAME, galley_worker
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 SIZE, LATENTS, HEADS = 128, 16, 8
 TEXT = {

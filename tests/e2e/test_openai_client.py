@@ -40,7 +40,7 @@ WEATHER_TOOL = {"name": "get_weather", "description": "Weather of a city", "para
 
 @pytest.fixture(scope="module")
 def client(galley: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{galley.url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{galley.url}/v1", api_key="none", timeout=600, max_retries=0) as client:
         yield client
 
 

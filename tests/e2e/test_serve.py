@@ -174,7 +174,7 @@ def wait_until_running(galley: Server) -> None:
 def cancel_a_stream_after_the_first_byte(galley: Server) -> None:
     stream = {**ENDLESS, "stream": True}
     with (
-        httpx.Client(base_url=galley.url, timeout=30) as client,
+        httpx.Client(base_url=galley.url, timeout=120) as client,
         client.stream("POST", CHAT, json=stream) as answer,
     ):
         chunks = answer.iter_raw()  # kept: the connection is closed where its iterator is dropped

@@ -14,7 +14,7 @@ from tests.e2e.spec_prompts import spec_prompts
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 256}
 # 30 layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block: one request of the longest kind fits,

@@ -12,7 +12,7 @@ from loadtest import reference
 from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.texts import long_text
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 # 30 layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block
 BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 32

@@ -13,7 +13,7 @@ from tests.e2e.spec_prompts import spec_prompts
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 PROMPTS = spec_prompts(60)[:6]
 

@@ -18,7 +18,7 @@ from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.engine
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 64}
 TOKENS = 64

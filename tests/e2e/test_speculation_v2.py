@@ -17,7 +17,7 @@ from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 V2_ON_CPU = Path(__file__).parents[1] / "support" / "v2_on_cpu"
 ENVIRONMENT = {"PYTHONPATH": str(V2_ON_CPU), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}

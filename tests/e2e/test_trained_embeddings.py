@@ -18,7 +18,7 @@ from tests.support.adapters import random_adapter
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 # Prompts longer than a step are computed in chunks, or in a step of their own.
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 64}

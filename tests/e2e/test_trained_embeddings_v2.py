@@ -14,7 +14,7 @@ from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
 from tests.support.adapters import random_adapter
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.engine
 
 V2_ON_CPU = Path(__file__).parents[1] / "support" / "v2_on_cpu"
 ENVIRONMENT = {"PYTHONPATH": str(V2_ON_CPU), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
