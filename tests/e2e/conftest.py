@@ -24,8 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def plain_engine() -> Iterator[Server]:
-    """vLLM itself, without plugins, for the answers that others are compared with; it idles while they run."""
-    with plain_vllm({**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 256}) as server:
+    """vLLM itself, without plugins, for the answers that others are compared with; it idles while they run.
+
+    Its steps take whole prompts: of a seeded one in several chunks it dies on a CPU.
+    """
+    large = {"max-num-seqs": 32, "max-num-batched-tokens": 2048, "kv-cache-memory-bytes": 1024**3}
+    with plain_vllm({**FLOAT32, **large}) as server:
         yield server
 
 

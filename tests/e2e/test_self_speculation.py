@@ -24,7 +24,7 @@ pytestmark = pytest.mark.engine
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 64}
 TOKENS = 64
-CHATS = PROMPTS[:6]
+CHATS = PROMPTS[:4]
 SAMPLING = {"temperature": 0.8, "top_p": 0.9, "seed": 11}
 GRAMMAR = {
     "type": "json_schema",

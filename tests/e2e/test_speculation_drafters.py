@@ -24,7 +24,7 @@ SMALL_CACHE = {
     "no-scheduler-reserve-full-isl": True,
 }
 TOKENS = 48
-MANY, FEW = 24, 8  # prompts at batch 8 and at batch 1
+MANY, FEW = 16, 4  # prompts at batch 8 and at batch 1
 STOP = {"stop": ["\n\n", "tea"]}
 STORIES = [
     f"Tell me a story about {hero}."
@@ -58,10 +58,10 @@ def plain(plain_engine: Server) -> dict[str, list[str]]:
     """Answers of vLLM itself, without plugins."""
     prompts = spec_prompts(60)
     return {
-        "greedy": texts(plain_engine, prompts[:MANY], 8),
+        "greedy": texts(plain_engine, prompts[:MANY], 16),
         "stop": texts(plain_engine, prompts[:FEW], 8, **STOP),
         "grammar": texts(plain_engine, prompts[:FEW], 8, **GRAMMAR),
-        "stories": texts(plain_engine, STORIES, 8, **LONG),
+        "stories": texts(plain_engine, STORIES, 16, **LONG),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from galley_plugins.runners.embedding import EmbeddingRows
+from galley_plugins.runners.output_layer import OutputLayer
 from galley_plugins.runners.requests import register_prompt, with_vectors
 
 if TYPE_CHECKING:
@@ -21,13 +22,16 @@ class EmbeddingV1:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
         self.embedding = EmbeddingRows(vllm_config)
+        self.output_layer: OutputLayer | None = None
 
     def get_supported_tasks(self) -> tuple[str, ...]:
         return self.embedding.tasks(super().get_supported_tasks())  # type: ignore[misc]
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        self.embedding.attach(self.get_model())
+        model = self.get_model()
+        self.embedding.attach(model)
+        self.output_layer = OutputLayer(model, self.model_config.get_vocab_size())
 
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
@@ -48,9 +52,18 @@ class EmbeddingV1:
         self.embedding.begin_step(
             batch.req_ids, self.query_start_loc.np, batch.num_computed_tokens_cpu, self.device
         )
+        self._begin_output_layer()
         return prepared
 
+    def _begin_output_layer(self: Any) -> None:
+        """Leave the output layer out of a step in which every row is an embedding request's."""
+        if self.output_layer is not None:
+            rows, pooler = self.input_batch.req_ids, self.embedding.pooler
+            self.output_layer.needed = not rows or any(request_id not in pooler for request_id in rows)
+
     def sample_tokens(self, grammar_output: Any) -> Any:
+        if self.output_layer is not None:
+            self.output_layer.needed = True
         vectors = self._pool_embedding_rows() if self.embedding.pooler else None
         output = super().sample_tokens(grammar_output)  # type: ignore[misc]
         return output if vectors is None else with_vectors(output, vectors)

@@ -178,7 +178,11 @@ class FakeRunnerV1(FakeRunner):
         self.discard_request_mask.copy_to_gpu(count)
         empty = ExecuteModelState(*[None] * len(ExecuteModelState._fields))
         self.execute_model_state = empty._replace(hidden_states=step.hidden_states)
+        self.before_sampling()
         return self.sample_tokens(None)
+
+    def before_sampling(self) -> None:
+        """For tests of what holds while the model runs."""
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         if self.execute_model_state is None:
