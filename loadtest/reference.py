@@ -22,8 +22,8 @@ KNOWLEDGE = (
 
 
 @functools.cache
-def _loaded() -> tuple[Any, Any]:
-    folder = resolve(MODEL)
+def _loaded(weights: str = MODEL) -> tuple[Any, Any]:
+    folder = resolve(weights)
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(
         folder, dtype=torch.float32
     ).eval()
@@ -39,14 +39,16 @@ def _unit(vector: torch.Tensor, dimensions: int | None = None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def hidden_states(ids: list[int], layer: int = -1) -> torch.Tensor:
+def hidden_states(ids: list[int], layer: int = -1, weights: str = MODEL) -> torch.Tensor:
     """[tokens, hidden] of one layer, numbered as transformers does."""
-    return _loaded()[1](torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
+    return _loaded(weights)[1](torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
 
 
-def embed(text: str | list[int], pooling: str = "mean", dimensions: int | None = None) -> torch.Tensor:
+def embed(
+    text: str | list[int], pooling: str = "mean", dimensions: int | None = None, weights: str = MODEL
+) -> torch.Tensor:
     """[hidden] unit vector of one text, float32."""
-    hidden = hidden_states(_ids(text) if isinstance(text, str) else text)
+    hidden = hidden_states(_ids(text) if isinstance(text, str) else text, weights=weights)
     return _unit(hidden.mean(0) if pooling == "mean" else hidden[-1], dimensions)
 
 

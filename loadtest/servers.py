@@ -107,24 +107,26 @@ def end(process: subprocess.Popen[bytes], seconds: float = 30) -> None:
     process.wait(10)
 
 
-def galley_worker(engine: dict[str, Any], *flags: str, env: dict[str, str] | None = None) -> Any:
+def galley_worker(
+    engine: dict[str, Any], *flags: str, env: dict[str, str] | None = None, weights: str = MODEL
+) -> Any:
     """One worker without a gateway."""
     import json
 
     port = free_port()
     status = Path(tempfile.mkstemp(prefix="galley-run-", suffix=".status")[1])
-    command = [sys.executable, "-m", "galley_plugins.worker", "--weights", MODEL, "--name", NAME]
+    command = [sys.executable, "-m", "galley_plugins.worker", "--weights", weights, "--name", NAME]
     command += ["--port", str(port), "--engine", json.dumps(engine), *flags]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GALLEY_STATUS_FILE": str(status), **(env or {})}
     return running(command, environment, port)
 
 
-def plain_vllm(engine: dict[str, Any], env: dict[str, str] | None = None) -> Any:
+def plain_vllm(engine: dict[str, Any], env: dict[str, str] | None = None, weights: str = MODEL) -> Any:
     """vLLM's own server with the same model and settings and none of Galley's plugins."""
     import json
 
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve(MODEL))]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve(weights))]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     for option, value in engine.items():
         command += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -12,6 +12,7 @@ import pytest
 from loadtest import reference
 from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.texts import PROMPTS, SHORT_TEXTS, long_text
+from tests.support.shallow_model import LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,20 +21,20 @@ pytestmark = pytest.mark.engine
 
 V2_ON_CPU = Path(__file__).parents[1] / "support" / "v2_on_cpu"
 OPTIONS = {**FLOAT32, "max-model-len": 1024, "max-num-batched-tokens": 128, "max-num-seqs": 8}
-# 30 layers x keys and values x 3 heads x 64 x 4 bytes, 128 tokens a block
-BLOCK_BYTES = 30 * 2 * 3 * 64 * 4 * 128
+# layers x keys and values x 3 heads x 64 x 4 bytes, 128 tokens a block
+BLOCK_BYTES = LAYERS * 2 * 3 * 64 * 4 * 128
 
 
 @pytest.fixture(scope="module")
-def plain_chats(plain_engine: Server) -> list[str]:
-    return [content_of(plain_engine, prompt) for prompt in PROMPTS[:3]]
+def plain_chats(plain_shallow: Server) -> list[str]:
+    return [content_of(plain_shallow, prompt) for prompt in PROMPTS[:3]]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Server]:
+def engine(shallow: str) -> Iterator[Server]:
     environment = {"PYTHONPATH": str(V2_ON_CPU), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     small = {**OPTIONS, "kv-cache-memory-bytes": 9 * BLOCK_BYTES, "no-scheduler-reserve-full-isl": True}
-    with galley_worker(small, env=environment) as server:
+    with galley_worker(small, env=environment, weights=shallow) as server:
         yield server
 
 
@@ -48,7 +49,7 @@ def test_it_is_runner_v2(engine: Server) -> None:
 
 
 def test_chats_equal_plain_vllm_and_embeddings_the_reference_in_the_same_batches(
-    engine: Server, plain_chats: list[str]
+    engine: Server, plain_chats: list[str], shallow: str
 ) -> None:
     texts = [SHORT_TEXTS[0], long_text(60, seed=3), SHORT_TEXTS[1]]  # the second spans three chunks
     with ThreadPoolExecutor(6) as pool:
@@ -56,24 +57,26 @@ def test_chats_equal_plain_vllm_and_embeddings_the_reference_in_the_same_batches
         vectors = [pool.submit(engine.embed, text) for text in texts]
         assert [chat.result() for chat in chats] == plain_chats
         for text, vector in zip(texts, vectors, strict=True):
-            assert reference.cosine(vector.result()[0], reference.embed(text)) > 0.999
+            assert reference.cosine(vector.result()[0], reference.embed(text, weights=shallow)) > 0.999
 
 
-def test_the_longest_prompt_and_a_short_vector(engine: Server) -> None:
+def test_the_longest_prompt_and_a_short_vector(engine: Server, shallow: str) -> None:
     ids = [(index * 37) % 40000 + 100 for index in range(1023)]
     (vector,) = engine.embed(ids, dimensions=32)
-    assert reference.cosine(vector, reference.embed(ids, dimensions=32)) > 0.999
+    assert reference.cosine(vector, reference.embed(ids, dimensions=32, weights=shallow)) > 0.999
 
 
-def test_many_inputs_in_one_request_come_back_in_order(engine: Server) -> None:
+def test_many_inputs_in_one_request_come_back_in_order(engine: Server, shallow: str) -> None:
     texts = [long_text(1 + index % 5, seed=31 * index) for index in range(64)]
     for text, vector in zip(texts, engine.embed(texts), strict=True):
-        assert reference.cosine(vector, reference.embed(text)) > 0.999
+        assert reference.cosine(vector, reference.embed(text, weights=shallow)) > 0.999
 
 
-def test_a_chat_reads_the_prefix_that_an_embedding_left_and_the_embedding_none(engine: Server) -> None:
+def test_a_chat_reads_the_prefix_that_an_embedding_left_and_the_embedding_none(
+    engine: Server, shallow: str
+) -> None:
     shared = long_text(60, seed=5)
-    alone = reference.embed(shared)
+    alone = reference.embed(shared, weights=shallow)
     (first,) = engine.embed(shared)
     hits = engine.metric("vllm:prefix_cache_hits_total")
     completion = {"model": "smollm2", "prompt": shared, "max_tokens": 4, "temperature": 0}
@@ -86,7 +89,9 @@ def test_a_chat_reads_the_prefix_that_an_embedding_left_and_the_embedding_none(e
     assert with_cache == fresh["choices"][0]["text"]
 
 
-def test_preempted_chats_and_embeddings_are_unchanged(engine: Server, plain_engine: Server) -> None:
+def test_preempted_chats_and_embeddings_are_unchanged(
+    engine: Server, plain_shallow: Server, shallow: str
+) -> None:
     """Six chats that each grow into a second block, and embeddings of three, in room for nine blocks."""
     prompts = [
         f"Say something about {thing}." for thing in ("bread", "rain", "iron", "maps", "music", "trade")
@@ -94,7 +99,7 @@ def test_preempted_chats_and_embeddings_are_unchanged(engine: Server, plain_engi
     options = {"max_tokens": 105, "ignore_eos": True}
     before = engine.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(3) as pool:
-        alone = list(pool.map(partial(plain_engine.chat, **options), prompts))
+        alone = list(pool.map(partial(plain_shallow.chat, **options), prompts))
     texts = [long_text(60, seed=seed) for seed in (8, 9)]
     with ThreadPoolExecutor(8) as pool:
         chats = [pool.submit(engine.chat, prompt, **options) for prompt in prompts]
@@ -105,4 +110,4 @@ def test_preempted_chats_and_embeddings_are_unchanged(engine: Server, plain_engi
     for one, other in zip(alone, together, strict=True):
         assert one["choices"][0]["message"]["content"] == other["choices"][0]["message"]["content"]
     for text, vector in zip(texts, pooled, strict=True):
-        assert reference.cosine(vector, reference.embed(text)) > 0.999
+        assert reference.cosine(vector, reference.embed(text, weights=shallow)) > 0.999

@@ -53,10 +53,10 @@ def text_of(server: Server, prompt: str, **fields: Any) -> str:
     return answer["choices"][0]["message"]["content"]
 
 
-def test_with_nothing_skipped_everything_is_accepted_and_the_cache_stays() -> None:
+def test_with_nothing_skipped_everything_is_accepted_and_the_cache_stays(shallow: str) -> None:
     """First, before the engine of the other tests starts."""
     environment = {**worker_environment("cpu", os.environ), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-m", "tests.support.self_drafting_whole"]
+    command = [sys.executable, "-m", "tests.support.self_drafting_whole", shallow]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads(ran.stdout.splitlines()[-1])
@@ -67,20 +67,20 @@ def test_with_nothing_skipped_everything_is_accepted_and_the_cache_stays() -> No
 
 
 @pytest.fixture(scope="module")
-def plain(plain_engine: Server) -> dict[str, Any]:
+def plain(plain_shallow: Server) -> dict[str, Any]:
     """Answers of vLLM itself, without plugins."""
     with ThreadPoolExecutor(3) as pool:
         return {
-            "greedy": list(pool.map(partial(tokens_of, plain_engine), CHATS)),
-            "sampled": text_of(plain_engine, PROMPTS[6], **SAMPLING),
-            "grammar": text_of(plain_engine, PROMPTS[1], response_format=GRAMMAR, ignore_eos=False),
+            "greedy": list(pool.map(partial(tokens_of, plain_shallow), CHATS)),
+            "sampled": text_of(plain_shallow, PROMPTS[6], **SAMPLING),
+            "grammar": text_of(plain_shallow, PROMPTS[1], response_format=GRAMMAR, ignore_eos=False),
         }
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Server]:
+def engine(shallow: str) -> Iterator[Server]:
     speculation = {"method": "self", "max_draft_tokens": 8}
-    with galley_worker(OPTIONS, "--speculation", json.dumps(speculation)) as server:
+    with galley_worker(OPTIONS, "--speculation", json.dumps(speculation), weights=shallow) as server:
         yield server
 
 
@@ -113,7 +113,7 @@ def test_text_that_was_drafted_is_cached_as_the_whole_model_computed_it(engine: 
     assert cached == completed(longer, 24, cache_salt="another")["token_ids"]
 
 
-def test_other_requests_run_beside_it(engine: Server, plain: dict[str, Any]) -> None:
+def test_other_requests_run_beside_it(engine: Server, plain: dict[str, Any], shallow: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         chats = [pool.submit(tokens_of, engine, prompt) for prompt in CHATS[:3]]
         sampled = pool.submit(text_of, engine, PROMPTS[6], **SAMPLING)
@@ -123,7 +123,7 @@ def test_other_requests_run_beside_it(engine: Server, plain: dict[str, Any]) -> 
         assert sampled.result() == plain["sampled"]
         assert grammar.result() == plain["grammar"]
         for text, vector in vectors.items():
-            assert reference.cosine(vector.result()[0], reference.embed(text)) > 0.999
+            assert reference.cosine(vector.result()[0], reference.embed(text, weights=shallow)) > 0.999
 
 
 def test_a_request_may_decline_drafts_or_ask_for_fewer(engine: Server, plain: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from loadtest.servers import FLOAT32, Server, galley_worker
 from tests.e2e.spec_prompts import spec_prompts
+from tests.support.shallow_model import LAYERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 16, "max-num-batched-tokens": 256}
-# 30 layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block: one request of the longest kind fits,
+# layers x keys and values x 3 heads x 64 x 4 bytes, 32 tokens a block: one request of the longest kind fits,
 # the stories together do not.
 SMALL_CACHE = {
-    "kv-cache-memory-bytes": 66 * 30 * 2 * 3 * 64 * 4 * 32,
+    "kv-cache-memory-bytes": 66 * LAYERS * 2 * 3 * 64 * 4 * 32,
     "no-scheduler-reserve-full-isl": True,
 }
 TOKENS = 48
@@ -54,21 +55,23 @@ def texts(server: Server, prompts: list[str], width: int, **fields: Any) -> list
 
 
 @pytest.fixture(scope="module")
-def plain(plain_engine: Server) -> dict[str, list[str]]:
+def plain(plain_shallow: Server) -> dict[str, list[str]]:
     """Answers of vLLM itself, without plugins."""
     prompts = spec_prompts(60)
     return {
-        "greedy": texts(plain_engine, prompts[:MANY], 16),
-        "stop": texts(plain_engine, prompts[:FEW], 8, **STOP),
-        "grammar": texts(plain_engine, prompts[:FEW], 8, **GRAMMAR),
-        "stories": texts(plain_engine, STORIES, 16, **LONG),
+        "greedy": texts(plain_shallow, prompts[:MANY], 16),
+        "stop": texts(plain_shallow, prompts[:FEW], 8, **STOP),
+        "grammar": texts(plain_shallow, prompts[:FEW], 8, **GRAMMAR),
+        "stories": texts(plain_shallow, STORIES, 16, **LONG),
     }
 
 
 @pytest.fixture(scope="module", params=["trigram", "recycling", "prompt-lookup"])
-def engine(request: pytest.FixtureRequest, plain: dict[str, list[str]]) -> Iterator[Server]:
+def engine(request: pytest.FixtureRequest, plain: dict[str, list[str]], shallow: str) -> Iterator[Server]:
     options = {**OPTIONS, **SMALL_CACHE}
-    with galley_worker(options, "--speculation", json.dumps({"method": request.param})) as server:
+    with galley_worker(
+        options, "--speculation", json.dumps({"method": request.param}), weights=shallow
+    ) as server:
         yield server
 
 

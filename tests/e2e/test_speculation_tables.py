@@ -26,16 +26,16 @@ def answers(server: Server) -> tuple[list[str], float]:
     return texts, tokens / (tokens - accepted)
 
 
-def test_tables_are_saved_and_loaded(tmp_path: Path) -> None:
+def test_tables_are_saved_and_loaded(tmp_path: Path, shallow: str) -> None:
     path = tmp_path / "tables.safetensors"
     flags = ("--speculation", json.dumps({"method": "hybrid", "tables": str(path)}))
-    with galley_worker(FLOAT32, *flags) as server:
+    with galley_worker(FLOAT32, *flags, weights=shallow) as server:
         assert "is not there yet" in server.log.read_text()
         texts, cold = answers(server)
         end(server.process)
         assert path.is_file()
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]  # no temporary file is left
-    with galley_worker(FLOAT32, *flags) as server:
+    with galley_worker(FLOAT32, *flags, weights=shallow) as server:
         again, warm = answers(server)
         assert again == texts
         assert warm > cold + 0.5  # the same prompts: nearly everything was written before

@@ -63,22 +63,22 @@ def together(server: Server, prompts: list[str], width: int, **fields: Any) -> l
 
 
 @pytest.fixture(scope="module")
-def plain(plain_engine: Server) -> dict[str, Any]:
+def plain(plain_shallow: Server) -> dict[str, Any]:
     """Answers of vLLM itself, without plugins."""
-    found: dict[str, Any] = {"prompts": together(plain_engine, spec_prompts(60), 20, max_tokens=TOKENS)}
+    found: dict[str, Any] = {"prompts": together(plain_shallow, spec_prompts(60), 20, max_tokens=TOKENS)}
     with ThreadPoolExecutor(16) as pool:
         waiting = {
-            name: pool.map(partial(plain_engine.chat, **fields), PROMPTS[:4])
+            name: pool.map(partial(plain_shallow.chat, **fields), PROMPTS[:4])
             for name, fields in REQUESTS.items()
         }
         found |= {name: list(answers) for name, answers in waiting.items()}
-    found["long"] = summary(plain_engine.chat(long_text(120), max_tokens=48))
+    found["long"] = summary(plain_shallow.chat(long_text(120), max_tokens=48))
     return found
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Server]:
-    with galley_worker(OPTIONS, "--speculation", json.dumps({"method": "hybrid"})) as server:
+def engine(shallow: str) -> Iterator[Server]:
+    with galley_worker(OPTIONS, "--speculation", json.dumps({"method": "hybrid"}), weights=shallow) as server:
         yield server
 
 
@@ -119,7 +119,7 @@ def test_everything_else_that_a_request_may_ask_for(engine: Server, plain: dict[
             ]
 
 
-def test_all_of_it_at_once(engine: Server, plain: dict[str, Any]) -> None:
+def test_all_of_it_at_once(engine: Server, plain: dict[str, Any], shallow: str) -> None:
     """Every kind of request in the same batches, twice, with prompts in chunks beside them."""
     kinds = [(name, index) for index in range(4) for name in REQUESTS]
     with ThreadPoolExecutor(12) as pool:
@@ -130,7 +130,7 @@ def test_all_of_it_at_once(engine: Server, plain: dict[str, Any]) -> None:
             assert summary(answer.result()) == summary(plain[name][index]), name
         assert summary(long.result()) == plain["long"]
         for text, vector in zip([*SHORT_TEXTS, long_text(80)], vectors, strict=True):
-            assert reference.cosine(vector.result()[0], reference.embed(text)) > 0.999
+            assert reference.cosine(vector.result()[0], reference.embed(text, weights=shallow)) > 0.999
 
 
 def test_a_request_may_switch_it_off_or_draft_less(engine: Server, plain: dict[str, Any]) -> None:

@@ -35,16 +35,18 @@ hybrid = pytest.mark.parametrize("engine", ["hybrid"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def plain_chats(plain_engine: Server) -> list[str]:
-    return [content_of(plain_engine, prompt) for prompt in CHATS]
+def plain_chats(plain_shallow: Server) -> list[str]:
+    return [content_of(plain_shallow, prompt) for prompt in CHATS]
 
 
 @pytest.fixture(scope="module")
-def engine(request: pytest.FixtureRequest) -> Iterator[Server]:
+def engine(request: pytest.FixtureRequest, shallow: str) -> Iterator[Server]:
     speculation = {"method": request.param, "max_draft_tokens": DRAFT}
     config = {"method": "ngram_gpu", "num_speculative_tokens": DRAFT}
     options = {**OPTIONS, "speculative-config": config}
-    with galley_worker(options, "--speculation", json.dumps(speculation), env=ENVIRONMENT) as server:
+    with galley_worker(
+        options, "--speculation", json.dumps(speculation), env=ENVIRONMENT, weights=shallow
+    ) as server:
         yield server
 
 
@@ -113,18 +115,22 @@ def test_sampled_requests_run_beside_greedy_ones(engine: Server, plain_chats: li
 
 
 @hybrid
-def test_embeddings_in_the_same_batches_equal_the_reference(engine: Server, plain_chats: list[str]) -> None:
+def test_embeddings_in_the_same_batches_equal_the_reference(
+    engine: Server, plain_chats: list[str], shallow: str
+) -> None:
     texts = [SHORT_TEXTS[0], long_text(60, seed=3)]  # the second spans three chunks
     with ThreadPoolExecutor(5) as pool:
         chats = [pool.submit(content_of, engine, prompt) for prompt in CHATS]
         vectors = [pool.submit(engine.embed, text) for text in texts]
         assert [chat.result() for chat in chats] == plain_chats
         for text, vector in zip(texts, vectors, strict=True):
-            assert reference.cosine(vector.result()[0], reference.embed(text)) > 0.999
+            assert reference.cosine(vector.result()[0], reference.embed(text, weights=shallow)) > 0.999
 
 
 @hybrid
-def test_a_prompt_of_one_token_beside_a_chat_is_not_pooled_with_its_padding(engine: Server) -> None:
+def test_a_prompt_of_one_token_beside_a_chat_is_not_pooled_with_its_padding(
+    engine: Server, shallow: str
+) -> None:
     """vLLM pads the step of a prompt's last token with placeholders of drafts, where others decode."""
     before = engine.metric(GENERATED)
     with ThreadPoolExecutor(1) as pool:
@@ -133,5 +139,5 @@ def test_a_prompt_of_one_token_beside_a_chat_is_not_pooled_with_its_padding(engi
             time.sleep(0.05)
         (vector,) = engine.embed([504])
         assert not chat.done()
-        assert reference.cosine(vector, reference.embed([504])) > 0.999
+        assert reference.cosine(vector, reference.embed([504], weights=shallow)) > 0.999
         chat.result()

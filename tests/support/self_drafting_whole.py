@@ -1,4 +1,4 @@
-"""An engine that drafts for itself and skips nothing: `python -m tests.support.self_drafting_whole`.
+"""An engine that drafts for itself and skips nothing: `python -m tests.support.self_drafting_whole WEIGHTS`.
 
 The draft is then the model's own continuation, so all of it must be accepted, and every set must score 1.
 Around each draft the cache is compared. The last line printed is one JSON object.
@@ -7,6 +7,7 @@ Around each draft the cache is compared. The last line printed is one JSON objec
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from galley_plugins.models import resolve
 from galley_plugins.options import PluginOptions
 from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.speculation.stats import PLACES
-from loadtest.servers import FLOAT32, MODEL
+from loadtest.servers import FLOAT32
 from tests.e2e.texts import PROMPTS
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def main() -> None:
 
     options = SpeculationOptions(method="self", max_draft_tokens=DRAFT, tree="off")
     llm = LLM(
-        model=str(resolve(MODEL)),
+        model=str(resolve(sys.argv[1])),
         **{name.replace("-", "_"): value for name, value in FLOAT32.items()},
         block_size=32,
         enforce_eager=True,

@@ -39,8 +39,8 @@ class _Process(context.ForkServerProcess):
         os.environ.clear()
         os.environ.update(self._environment)
         os.sched_setaffinity(0, self._cores)
-        server = forkserver._forkserver  # type: ignore[attr-defined]
-        server.ensure_running = resource_tracker.ensure_running  # the one that forked this process
+        server = forkserver._forkserver
+        server.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]  # it forked this one
         super().run()
 
 
@@ -63,7 +63,7 @@ def forked() -> bool:
 
 def adopt() -> None:
     """In a process that has vLLM: have its further processes forked, if a fork server is there."""
-    if forkserver._forkserver._forkserver_address is None:  # type: ignore[attr-defined]
+    if forkserver._forkserver._forkserver_address is None:
         return
     vllm_compat.check("preloading")
     from vllm.v1.engine import utils as engine

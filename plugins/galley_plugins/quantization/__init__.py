@@ -1,0 +1,1 @@
+"""Weight-only quantization without calibration data: FineQuant, EasyQuant, and both together."""

@@ -1,0 +1,85 @@
+"""EasyQuant's ranges (arXiv 2403.02775, section 3.2): scales that minimise the squared error of a group.
+
+The gradient takes the codes of a step as constant (equation 2): d r / d s = 2 sum (s q - w) q. Adam moves the
+ratio of a scale to its absmax, so that one learning rate suits weights of any size. The error is not convex
+in the scale: Adam starts at the best of a few ratios, and the best scale on the way is kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+
+from galley_plugins.quantization.matrix import code_range
+
+BETAS = (0.9, 0.999)  # Adam's usual ones
+LOOKS, LEAST_RATIO = 20, 0.4  # ratios from 1 down that are looked at before it starts
+
+
+def optimise_scales(
+    weights: torch.Tensor, scales: torch.Tensor, bits: int, *, steps: int, learning_rate: float
+) -> torch.Tensor:
+    """float32 [output, groups]: scales of no larger squared error than the given ones.
+
+    Args:
+        weights: float32 [output, input]; zeros have no error at any scale.
+        scales: float32 [output, groups], where to start.
+    """
+    groups = weights.contiguous().view(scales.numel(), -1).numpy()
+    low, high = code_range(bits)
+    found = np.empty(len(groups), np.float32)
+    initial = scales.float().contiguous().view(-1).numpy()
+    _optimise(groups, initial, float(low), float(high), steps, learning_rate, found)
+    return torch.from_numpy(found).view(scales.shape)
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+def _optimise(
+    groups: np.ndarray,
+    initial: np.ndarray,
+    low: float,
+    high: float,
+    steps: int,
+    learning_rate: float,
+    found: np.ndarray,
+) -> None:
+    for group in numba.prange(len(groups)):
+        weights, start = groups[group], initial[group]
+        energy = np.float32(0)
+        for weight in weights:
+            energy += weight * weight
+        found[group] = start
+        if energy == 0:
+            continue
+        ratio = best = 1.0
+        least = np.float32(np.inf)
+        momentum = variance = 0.0
+        first = second = 1.0  # powers of the betas
+        for step in range(LOOKS + steps + 1):  # the last one only looks
+            scale = np.float32(start * ratio)
+            inverse = np.float32(1) / scale
+            error, gradient = np.float32(0), np.float32(0)
+            for weight in weights:
+                code = np.float32(math.floor(weight * inverse + np.float32(0.5)))
+                code = min(max(code, np.float32(low)), np.float32(high))
+                difference = scale * code - weight
+                error += difference * difference
+                gradient += difference * code
+            if error < least:
+                least, best, found[group] = error, ratio, scale
+            if step < LOOKS - 1:
+                ratio = 1.0 - (1.0 - LEAST_RATIO) * (step + 1) / (LOOKS - 1)
+                continue
+            if step == LOOKS - 1:
+                ratio = best
+                continue
+            slope = 2.0 * gradient * start / energy
+            momentum = BETAS[0] * momentum + (1 - BETAS[0]) * slope
+            variance = BETAS[1] * variance + (1 - BETAS[1]) * slope * slope
+            first *= BETAS[0]
+            second *= BETAS[1]
+            ratio -= learning_rate * momentum / (1 - first) / (math.sqrt(variance / (1 - second)) + 1e-8)
+            ratio = max(ratio, 0.05)
