@@ -93,10 +93,9 @@ def test_preempted_chats_and_embeddings_are_unchanged(
     engine: Server, plain_shallow: Server, shallow: str
 ) -> None:
     """Six chats that each grow into a second block, and embeddings of three, in room for nine blocks."""
-    prompts = [
-        f"Say something about {thing}." for thing in ("bread", "rain", "iron", "maps", "music", "trade")
-    ]
-    options = {"max_tokens": 105, "ignore_eos": True}
+    things = ("bread", "rain", "iron", "maps", "music", "trade")
+    prompts = [f"Say something about {thing}: {long_text(12, seed=7)}" for thing in things]
+    options = {"max_tokens": 45, "ignore_eos": True}
     before = engine.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(3) as pool:
         alone = list(pool.map(partial(plain_shallow.chat, **options), prompts))
