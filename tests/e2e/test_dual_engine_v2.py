@@ -94,7 +94,7 @@ def test_preempted_chats_and_embeddings_are_unchanged(
 ) -> None:
     """Six chats that each grow into a second block, and embeddings of three, in room for nine blocks."""
     things = ("bread", "rain", "iron", "maps", "music", "trade")
-    prompts = [f"Say something about {thing}: {long_text(12, seed=7)}" for thing in things]
+    prompts = [f"Say something about {thing}: {long_text(27, seed=7)}" for thing in things]
     options = {"max_tokens": 45, "ignore_eos": True}
     before = engine.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(3) as pool:
