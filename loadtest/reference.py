@@ -21,8 +21,12 @@ KNOWLEDGE = (
 )
 
 
-@functools.cache
 def _loaded(weights: str = MODEL) -> tuple[Any, Any]:
+    return _load(weights)
+
+
+@functools.cache
+def _load(weights: str) -> tuple[Any, Any]:
     folder = resolve(weights)
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(
         folder, dtype=torch.float32
