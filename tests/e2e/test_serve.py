@@ -207,8 +207,8 @@ def prefill_step_milliseconds(galley: Server) -> float:
 def test_a_client_that_leaves_ends_the_engines_work(galley: Server, how: str) -> None:
     """The median; loadtest/bench_serve.py records the 99th percentile.
 
-    A running step of the engine cannot be interrupted, so on a machine that is busy with other things two of the
-    engine's own prefill steps, timed here, are the limit where they take longer.
+    A running step of the engine cannot be interrupted, so on a slow or busy machine three of the engine's own
+    prefill steps, timed here, are the limit where they take longer.
     """
     times, steps = [], []
     for turn in range(5):
@@ -221,7 +221,7 @@ def test_a_client_that_leaves_ends_the_engines_work(galley: Server, how: str) ->
             question = [{"role": "user", "content": long_text(200, seed=turn)}]
             cancel_before_the_first_byte(galley, messages=question, stream=True)
         times.append(milliseconds_until_idle(galley))
-    assert statistics.median(times) < max(200, 2 * max(steps)), (times, steps)
+    assert statistics.median(times) < max(200, 3 * max(steps)), (times, steps)
     deadline = time.monotonic() + 5
     while galley.metric("galley_in_flight_requests") > 0:
         assert time.monotonic() < deadline
