@@ -43,7 +43,7 @@ class Run:
     milliseconds: dict[tuple[str, str], float]
 
 
-def run_locust(folder: Path, host: str, *options: str, seconds: int = 3) -> Run:
+def run_locust(folder: Path, host: str, *options: str, seconds: int = 5) -> Run:
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", host]
     command += ["--users", "4", "--spawn-rate", "4", "--run-time", f"{seconds}s"]
     # The numbers are final; the error texts are written each second, so the last ones may be missing.
@@ -79,7 +79,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MockStack]:
 
 def test_a_run_without_faults_has_every_entry_and_no_failure(stack: MockStack, tmp_path: Path) -> None:
     stack.script(delay=0.02, token_delay=0.01)
-    run = run_locust(tmp_path, stack.gateway.url, "--max-tokens", "5", "--batch", "3", seconds=4)
+    run = run_locust(tmp_path, stack.gateway.url, "--max-tokens", "5", "--batch", "3", seconds=6)
     assert run.failures == {}
     assert run.status == 0
     assert set(run.requests) == {TTFT, GAP, STREAMED, CHAT, ONE_TEXT, BATCH}
@@ -97,7 +97,7 @@ def test_a_seed_decides_what_each_user_sends(stack: MockStack, tmp_path: Path) -
     sent = []
     for seed in ("1", "1", "2"):
         stack.engine.client.delete("/mock/requests")
-        run_locust(tmp_path, stack.gateway.url, "EmbeddingsUser", "--seed", seed, "--users", "1", seconds=2)
+        run_locust(tmp_path, stack.gateway.url, "EmbeddingsUser", "--seed", seed, "--users", "1", seconds=5)
         seen = stack.engine.client.get("/mock/requests").json()["requests"]
         sent.append([each["body_base64"] for each in seen if each["path"] == "/v1/embeddings"][:10])
     assert len(sent[0]) == 10
@@ -106,7 +106,7 @@ def test_a_seed_decides_what_each_user_sends(stack: MockStack, tmp_path: Path) -
 
 def test_dimensions_are_asked_for_and_checked(stack: MockStack, tmp_path: Path) -> None:
     stack.script()
-    run = run_locust(tmp_path, stack.gateway.url, "EmbeddingsUser", "--dimensions", "5", seconds=1)
+    run = run_locust(tmp_path, stack.gateway.url, "EmbeddingsUser", "--dimensions", "5", seconds=5)
     assert run.failures == {}
     assert run.requests[ONE_TEXT] > 0
 
@@ -167,7 +167,7 @@ def liar() -> Iterator[str]:
 
 
 def test_wrong_answers_with_status_200_are_failures(liar: str, tmp_path: Path) -> None:
-    run = run_locust(tmp_path, liar, "--batch", "2", seconds=2)
+    run = run_locust(tmp_path, liar, "--batch", "2", seconds=5)
     assert run.status == 1
     assert run.failures["chat, streamed"] == {"Failure('the stream ends without [DONE]')"}
     assert run.failures["chat"] == {"Failure('found content None, expected text')"}
