@@ -63,7 +63,7 @@ def forked() -> bool:
 
 def adopt() -> None:
     """In a process that has vLLM: have its further processes forked, if a fork server is there."""
-    if forkserver._forkserver._forkserver_address is None:
+    if forkserver._forkserver._forkserver_address is None:  # type: ignore[attr-defined]
         return
     vllm_compat.check("preloading")
     from vllm.v1.engine import utils as engine
