@@ -9,6 +9,8 @@
 - Chats come first: they pass waiting embeddings, and of a step with chats, embeddings get the share that
   chats hardly feel (`StepShare`). A chat's long prompt leaves them that share, so that neither stops the
   other. With priorities (`--scheduling-policy priority`), these say who passes whom.
+- Where drafts are verified, vLLM pads a prompt with one token left to a draft's length. An embedding's row is
+  its prompt's last, so its padding is taken off again.
 """
 
 from __future__ import annotations
@@ -133,9 +135,22 @@ class EmbeddingScheduler:
         elif self._method.whole_prompt:  # nowhere, and in whatever step has room
             return 0 if num_computed_tokens + count < request.num_tokens else count
         elif self._embed_left is not None:
-            count = min(count, self._embed_left)
-            self._embed_left -= count
+            if self._embed_left < 1:
+                return 0
+            if num_computed_tokens + count > request.num_tokens:  # padded: one token, to be neither cut nor counted
+                self._embed_left -= 1
+            else:
+                count = min(count, self._embed_left)
+                self._embed_left -= count
         return count
+
+    def _update_after_schedule(self: Any, scheduler_output: Any) -> None:
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        for request_id in [name for name in drafts if self.requests[name].pooling_params is not None]:
+            padding = len(drafts.pop(request_id))
+            scheduler_output.num_scheduled_tokens[request_id] -= padding
+            scheduler_output.total_num_scheduled_tokens -= padding
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
 
 
 def _embeds(request: Any) -> bool:

@@ -163,6 +163,7 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "keeps such prompts from being split, and others to their share of a step",
         ),
         ("vllm.v1.core.sched.request_queue", "FCFSRequestQueue", "a deque, in which chats pass embeddings"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler._update_after_schedule", "takes padding off prompts"),
         ("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", "such prompts wait again"),
         ("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", "such prompts wait no more"),
         (

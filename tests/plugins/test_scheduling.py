@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -58,7 +58,12 @@ class Share:
 
 
 def scheduler(
-    model: ModelConfig, options: PluginOptions, *, asynchronous: bool = False, share: int = 256
+    model: ModelConfig,
+    options: PluginOptions,
+    *,
+    asynchronous: bool = False,
+    share: int = 256,
+    drafts: int = 0,
 ) -> Any:
     """What an engine core with these options schedules with."""
     config = VllmConfig(
@@ -72,6 +77,9 @@ def scheduler(
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
         additional_config=options.to_additional_config(),
+        speculative_config=SpeculativeConfig(method="ngram", num_speculative_tokens=drafts)
+        if drafts
+        else None,
     )
     config.scheduler_config.async_scheduling = asynchronous  # which vLLM never chooses on a CPU
     config.cache_config.num_gpu_blocks = 64
@@ -251,6 +259,25 @@ def test_a_step_that_measures_chats_has_no_embedding(model: ModelConfig) -> None
     both = sharing(model, 0)
     both.add_request(unlike("document", 0, 200, embeds=True))
     assert first_chunks(both, unlike("chat", 300, 50)) == {"chat": (0, 32)}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("share", [1, 3, 256])
+def test_one_token_is_all_that_is_left_of_an_embedding_beside_drafts(
+    model: ModelConfig, share: int, *, asynchronous: bool
+) -> None:
+    both = scheduler(model, replace(LAST, step_tokens=32), share=share, drafts=4, asynchronous=asynchronous)
+    both.add_request(unlike("chat", 300, 20))
+    sampled(both, both.schedule(), "chat")
+    for name in ("first", "second"):
+        both.add_request(unlike(name, 500, 1, embeds=True))
+    step = both.schedule()
+    embedded = ["first", "second"][:share]
+    decoded = 5 if asynchronous else 1  # with places for drafts that are yet to come, or without any drafts
+    assert step.num_scheduled_tokens == {"chat": decoded, **dict.fromkeys(embedded, 1)}
+    assert step.total_num_scheduled_tokens == decoded + len(embedded)
+    assert not set(embedded) & step.scheduled_spec_decode_tokens.keys()
+    assert [both.requests[name].num_computed_tokens for name in embedded] == [1] * len(embedded)
 
 
 def test_documents_alone_take_every_token_again(model: ModelConfig) -> None:
