@@ -42,7 +42,7 @@ SHAPES = {  # input, output
     "135m gate_up": (576, 3072),
 }
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
-TUNED_SHAPES, TUNED_ROWS = ("8b gate_up", "8b down", "135m gate_up"), (1, 2, 4, 16, 32, 64, 256)
+TUNED_SHAPES, TUNED_ROWS = ("8b gate_up", "8b down", "135m gate_up"), (1, 2, 8, 16, 32, 64, 128)
 CACHE_BYTES = 256 * 2**20  # more than any GPU's cache
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
@@ -70,7 +70,7 @@ def random_matrix(
         rows, columns = (torch.rand(outputs, inputs, device=device) < share).nonzero(as_tuple=True)
         values = torch.randn(len(rows), device=device) * 4 / inputs**0.5
         apart = SparseRows.of(rows, columns, values.to(dtype), outputs)
-    return PackedMatrix(pack_codes(codes, bits), scales.to(dtype), bits, apart)
+    return PackedMatrix(pack_codes(codes, bits), scales.to(dtype), bits, apart).in_planes()
 
 
 def check(device: str, implementation: str = "triton") -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def check(device: str, implementation: str = "triton") -> list[dict[str, Any]]:
 
     for bits, product in PRODUCTS.items():
         for inputs, outputs, group, rows in (
-            (576, 1536, 64, 1), (576, 200, 576, 3), (4096, 512, 128, 2), (1024, 333, 32, 17), (1536, 576, 64, 70),
+            (576, 1536, 64, 1), (576, 200, 576, 3), (4096, 512, 128, 2), (1024, 333, 32, 17), (1024, 64, 32, 1), (1536, 576, 64, 70),
             (96, 64, 24, 5), (96, 50, 8, 33), (2048, 512, 128, 512),
         ):  # fmt: skip
             for dtype in TOLERANCE:
@@ -293,27 +293,22 @@ def tune(bits: int, shape: str, rows: int, repeats: int = 3, group: int = 128) -
     ]
     x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
     cuts = []
-    if rows <= 4:
+    if rows <= 2 and bits == 4:
         cuts += [
-            Tiles(1, outputs_each, words, warps=warps)
-            for outputs_each, words, warps in (
-                (2, 2048, 4), (4, 1024, 4), (4, 2048, 4), (8, 512, 4), (8, 1024, 4), (16, 512, 4), (16, 256, 2), (4, 512, 2), (8, 512, 2),
-            )
-        ]  # fmt: skip
-    if rows > 1:
-        high = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        cuts += [
-            Tiles(high, outputs_each, inputs_each, warps=warps, stages=stages)
+            Tiles(1, outputs_each, inputs_each, warps=warps, stages=stages)
             for outputs_each, inputs_each, warps, stages in (
-                (16, 128, 2, 4), (32, 128, 4, 4), (64, 128, 4, 4), (128, 128, 4, 3), (32, 64, 2, 5), (64, 64, 4, 5), (128, 64, 4, 4), (128, 64, 8, 3),
+                (4, 1024, 4, 3), (4, 2048, 4, 3), (8, 512, 2, 4), (8, 1024, 4, 3), (8, 1024, 2, 3), (16, 512, 2, 3), (16, 1024, 4, 3), (16, 512, 4, 4),
             )
         ]  # fmt: skip
-        if rows >= 128:
-            cuts += [
-                Tiles(128, 128, 64, warps=8, stages=3),
-                Tiles(128, 128, 128, warps=8, stages=2),
-                Tiles(128, 64, 64, warps=4, stages=3),
-            ]
+    high = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    cuts += [
+        Tiles(high, outputs_each, inputs_each, splits, warps, stages)
+        for outputs_each, inputs_each, splits, warps, stages in (
+            (64, 128, 0, 4, 4), (64, 128, 0, 4, 6), (128, 128, 0, 4, 4), (128, 128, 0, 8, 4), (128, 64, 0, 4, 5), (64, 64, 0, 4, 5), (64, 64, 1, 4, 5), (64, 128, 1, 4, 4), (128, 128, 2, 4, 5),
+        )
+    ]  # fmt: skip
+    if rows >= 128:
+        cuts += [Tiles(128, 128, 64, 1, 8, 4), Tiles(128, 128, 128, 1, 8, 3), Tiles(128, 64, 128, 1, 4, 4)]
     found = []
     for cut in cuts:
         try:
@@ -324,7 +319,7 @@ def tune(bits: int, shape: str, rows: int, repeats: int = 3, group: int = 128) -
         found.append(
             {
                 "us": us,
-                "cut": [cut.rows, cut.outputs, cut.inputs, cut.warps, cut.stages],
+                "cut": [cut.rows, cut.outputs, cut.inputs, cut.splits, cut.warps, cut.stages],
                 "bits": bits,
                 "shape": shape,
                 "rows": rows,
@@ -393,6 +388,8 @@ def main() -> None:
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.replace(output)
 
+    sizes = ((4096, 14336),) if options.quick else ((4096, 14336), (576, 1536))
+    keep("memory_block", bench_block((1, 8) if options.quick else (1, 8, 16, 64), sizes, options.repeats))
     if options.tune:
         keep(
             "tune",
@@ -406,8 +403,6 @@ def main() -> None:
         )
     keep("products", bench_products(rows, shapes, options.repeats))
     keep("mix_log_probs", bench_mix((1, 8) if options.quick else (1, 8, 64, 256), 128256, options.repeats))
-    sizes = ((4096, 14336),) if options.quick else ((4096, 14336), (576, 1536))
-    keep("memory_block", bench_block((1, 8) if options.quick else (1, 8, 16, 64), sizes, options.repeats))
     print(f"{output}: {report['seconds']} s")
     if bad:
         sys.exit(1)

@@ -1,7 +1,8 @@
-"""Two Triton kernels for a block of an MLP memory: norm, gate, up and their product; then down and the residual.
+"""Triton kernels for a block of an MLP memory: norm, gate, up and their product in one; down and the residual.
 
 A row's norm is a factor of its products with the gate's and up's weights, so the sum of squares is taken in the
-loop that multiplies, and the normed row is never stored.
+loop that multiplies, and the normed row is never stored. Weights are the left operand: their many rows fill
+the matrix units where a few positions would not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import triton.language as tl
 
 from galley_kernels.choice import interpreted
 
-ROWS = 16  # of a tile: the least that matrix units take
+OWN_DOWN_WIDTH = 1024
+"""Up to so wide, one kernel multiplies by down and adds the residual sooner than cuBLAS does."""
 
 
 def block(
@@ -25,8 +27,8 @@ def block(
     down: torch.Tensor,
     epsilon: float,
     *,
-    outputs: int = 32,
-    inputs: int = 128,
+    outputs: int = 64,
+    inputs: int = 64,
     warps: int = 4,
     stages: int = 4,
 ) -> torch.Tensor:
@@ -37,17 +39,19 @@ def block(
     if not rows:
         return out
     inner = x.new_empty(rows, hidden)
-    down_rows = triton.cdiv(rows, ROWS)
-    options: dict[str, Any] = {"BLOCK_M": ROWS, "num_warps": warps, "num_stages": stages}
+    high = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    blocks = triton.cdiv(rows, high)
+    options: dict[str, Any] = {"BLOCK_M": high, "num_warps": warps, "num_stages": stages}
     options["EXACT"] = x.dtype == torch.float32 or interpreted()  # which has no products of bfloat16
-    _gate_up_kernel[(triton.cdiv(hidden, outputs), down_rows)](
+    _gate_up_kernel[(triton.cdiv(hidden, outputs), blocks)](
         x, norm.contiguous(), gate, up, inner, rows, width, hidden, epsilon,
         BLOCK_N=outputs, BLOCK_K=inputs, **options,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(width, 16), down_rows)](
-        inner, down, x, out, rows, hidden, width,
-        BLOCK_N=16, BLOCK_K=2 * inputs, **options,
-    )  # fmt: skip
+    if width > OWN_DOWN_WIDTH and not options["EXACT"]:
+        return torch.addmm(x, inner, down.T)
+    _down_kernel[(triton.cdiv(width, 16), blocks)](
+        inner, down, x, out, rows, hidden, width, BLOCK_N=16, BLOCK_K=256, **options
+    )
     return out
 
 
@@ -59,32 +63,32 @@ def _gate_up_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     real, inside = m < rows, n < hidden
-    gates = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    ups = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    gates = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    ups = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, width, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         here = k < width
-        x = tl.load(x_ptr + m[:, None] * width + k[None, :], mask=real[:, None] & here[None, :], other=0.0)
-        norm = tl.load(norm_ptr + k, mask=here, other=0.0)
+        x = tl.load(x_ptr + m[None, :] * width + k[:, None], mask=here[:, None] & real[None, :], other=0.0)
+        norm = tl.load(norm_ptr + k, mask=here, other=0.0).to(tl.float32)
         mask = inside[:, None] & here[None, :]
         places = n.to(tl.int64)[:, None] * width + k[None, :]
         gate = tl.load(gate_ptr + places, mask=mask, other=0.0)
         up = tl.load(up_ptr + places, mask=mask, other=0.0)
         wide = x.to(tl.float32)
-        squares += wide * wide
-        scaled = wide * norm.to(tl.float32)[None, :]
+        squares += tl.sum(wide * wide, 0)
+        scaled = wide * norm[:, None]
         if EXACT:
-            gates += tl.dot(scaled, tl.trans(gate.to(tl.float32)), input_precision="ieee")
-            ups += tl.dot(scaled, tl.trans(up.to(tl.float32)), input_precision="ieee")
+            gates += tl.dot(gate.to(tl.float32), scaled, input_precision="ieee")
+            ups += tl.dot(up.to(tl.float32), scaled, input_precision="ieee")
         else:
-            gates += tl.dot(scaled.to(gate.dtype), tl.trans(gate))
-            ups += tl.dot(scaled.to(gate.dtype), tl.trans(up))
-    factor = tl.rsqrt(tl.sum(squares, 1) / width + epsilon)[:, None]
+            gates = tl.dot(gate, scaled.to(gate.dtype), gates)
+            ups = tl.dot(up, scaled.to(gate.dtype), ups)
+    factor = tl.rsqrt(squares / width + epsilon)[None, :]
     gates *= factor
     product = gates / (1.0 + tl.exp(-gates)) * (ups * factor)
-    places = m.to(tl.int64)[:, None] * hidden + n[None, :]
-    tl.store(out_ptr + places, product.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside[None, :])
+    places = m.to(tl.int64)[None, :] * hidden + n[:, None]
+    tl.store(out_ptr + places, product.to(out_ptr.dtype.element_ty), mask=real[None, :] & inside[:, None])
 
 
 @triton.jit
@@ -95,21 +99,18 @@ def _down_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     real, inside = m < rows, n < width
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for first in range(0, hidden, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         here = k < hidden
-        inner = tl.load(inner_ptr + m[:, None] * hidden + k[None, :], mask=real[:, None] & here[None, :], other=0.0)
-        down = tl.load(
-            down_ptr + n.to(tl.int64)[:, None] * hidden + k[None, :],
-            mask=inside[:, None] & here[None, :],
-            other=0.0,
-        )
+        inner = tl.load(inner_ptr + m[None, :] * hidden + k[:, None], mask=here[:, None] & real[None, :], other=0.0)
+        places = n.to(tl.int64)[:, None] * hidden + k[None, :]
+        down = tl.load(down_ptr + places, mask=inside[:, None] & here[None, :], other=0.0)
         if EXACT:
-            sums += tl.dot(inner.to(tl.float32), tl.trans(down.to(tl.float32)), input_precision="ieee")
+            sums += tl.dot(down.to(tl.float32), inner.to(tl.float32), input_precision="ieee")
         else:
-            sums += tl.dot(inner, tl.trans(down))
-    places = m.to(tl.int64)[:, None] * width + n[None, :]
-    mask = real[:, None] & inside[None, :]
+            sums = tl.dot(down, inner, sums)
+    places = m.to(tl.int64)[None, :] * width + n[:, None]
+    mask = real[None, :] & inside[:, None]
     sums += tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + places, sums.to(out_ptr.dtype.element_ty), mask=mask)
