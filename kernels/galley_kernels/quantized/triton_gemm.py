@@ -294,7 +294,7 @@ def _finish_kernel(
     place = row[:, None] * outputs + n[None, :]
     sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
     for split in tl.static_range(SPLITS):
-        sums += tl.load(parts_ptr + split * rows.to(tl.int64) * outputs + place, mask=mask, other=0.0)
+        sums += tl.load(parts_ptr + split * rows * outputs + place, mask=mask, other=0.0)
     if APART:
         start = tl.load(starts_ptr + n, mask=n < outputs, other=0)
         count = tl.load(starts_ptr + n + 1, mask=n < outputs, other=0) - start
