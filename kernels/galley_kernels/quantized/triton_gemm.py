@@ -204,8 +204,10 @@ def _plane(codes, PLANE: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def _dot(weights, x, sums, EXACT: tl.constexpr):
     if EXACT:
-        return tl.dot(weights.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
-    return tl.dot(weights, x, sums)
+        product = tl.dot(weights.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
+    else:
+        product = tl.dot(weights, x, sums)
+    return product
 
 
 @triton.jit
