@@ -50,8 +50,9 @@ def block(
     if width > OWN_DOWN_WIDTH and not options["EXACT"]:
         return torch.addmm(x, inner, down.T)
     _down_kernel[(triton.cdiv(width, 16), blocks)](
-        inner, down, x, out, rows, hidden, width, BLOCK_N=16, BLOCK_K=256, **options
-    )
+        inner, down, x, out, rows, hidden, width,
+        BLOCK_N=16, BLOCK_K=64 if options["EXACT"] else 256, **options,
+    )  # fmt: skip
     return out
 
 
