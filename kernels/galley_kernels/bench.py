@@ -41,8 +41,8 @@ SHAPES = {  # input, output
     "8b down": (14336, 4096),
     "135m gate_up": (576, 3072),
 }
-ROWS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
-TUNED_SHAPES, TUNED_ROWS = ("8b gate_up", "8b down", "135m gate_up"), (1, 2, 8, 16, 32, 64, 128)
+ROWS = (1, 2, 4, 16, 32, 64, 128, 256, 1024)
+TUNED_SHAPES, TUNED_ROWS = ("8b gate_up", "8b down", "135m gate_up"), (1, 2, 16, 64)
 CACHE_BYTES = 256 * 2**20  # more than any GPU's cache
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
@@ -70,7 +70,7 @@ def random_matrix(
         rows, columns = (torch.rand(outputs, inputs, device=device) < share).nonzero(as_tuple=True)
         values = torch.randn(len(rows), device=device) * 4 / inputs**0.5
         apart = SparseRows.of(rows, columns, values.to(dtype), outputs)
-    return PackedMatrix(pack_codes(codes, bits), scales.to(dtype), bits, apart).in_planes()
+    return PackedMatrix(pack_codes(codes, bits), scales.to(dtype), bits, apart)
 
 
 def check(device: str, implementation: str = "triton") -> list[dict[str, Any]]:
@@ -186,7 +186,13 @@ def product_rivals(
         "galley": [lambda m=m: product(x, m) for m in packed],
         "galley, 0.5 % apart": [lambda m=m: product(x, m) for m in apart],
     }
-    if bits == 4 and inputs % 1024 == 0 and outputs % 64 == 0:
+    if rows > 32:
+        from galley_kernels.quantized.triton_gemm import default_tiles, gemm
+
+        cut = default_tiles(rows, outputs, inputs, bits)
+        rivals["tiles"] = [lambda m=m: gemm(x, m, cut) for m in packed]
+        rivals["dense"] = [lambda m=m: gemm(x, m, None, dense_rows=0) for m in packed]
+    if bits == 4 and rows <= 64 and inputs % 1024 == 0 and outputs % 64 == 0:
         try:
             nibbles = [
                 torch.randint(0, 256, (outputs, inputs // 2), device="cuda", dtype=torch.uint8)
@@ -293,22 +299,21 @@ def tune(bits: int, shape: str, rows: int, repeats: int = 3, group: int = 128) -
     ]
     x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
     cuts = []
-    if rows <= 2 and bits == 4:
+    if rows <= 2:
         cuts += [
-            Tiles(1, outputs_each, inputs_each, warps=warps, stages=stages)
-            for outputs_each, inputs_each, warps, stages in (
-                (4, 1024, 4, 3), (4, 2048, 4, 3), (8, 512, 2, 4), (8, 1024, 4, 3), (8, 1024, 2, 3), (16, 512, 2, 3), (16, 1024, 4, 3), (16, 512, 4, 4),
+            Tiles(1, outputs_each, inputs_each, warps=warps)
+            for outputs_each, inputs_each, warps in (
+                (2, 2048, 4), (4, 1024, 4), (4, 2048, 4), (8, 512, 2), (8, 1024, 4), (16, 256, 2),
             )
         ]  # fmt: skip
     high = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    cuts += [
-        Tiles(high, outputs_each, inputs_each, splits, warps, stages)
-        for outputs_each, inputs_each, splits, warps, stages in (
-            (64, 128, 0, 4, 4), (64, 128, 0, 4, 6), (128, 128, 0, 4, 4), (128, 128, 0, 8, 4), (128, 64, 0, 4, 5), (64, 64, 0, 4, 5), (64, 64, 1, 4, 5), (64, 128, 1, 4, 4), (128, 128, 2, 4, 5),
-        )
-    ]  # fmt: skip
-    if rows >= 128:
-        cuts += [Tiles(128, 128, 64, 1, 8, 4), Tiles(128, 128, 128, 1, 8, 3), Tiles(128, 64, 128, 1, 4, 4)]
+    if rows > 1 or bits == 8:
+        cuts += [
+            Tiles(high, outputs_each, inputs_each, splits, warps, stages)
+            for outputs_each, inputs_each, splits, warps, stages in (
+                (16, 128, 0, 2, 4), (32, 128, 0, 4, 4), (32, 128, 1, 4, 4), (64, 128, 0, 4, 4), (128, 128, 0, 4, 3), (128, 64, 0, 4, 4),
+            )
+        ]  # fmt: skip
     found = []
     for cut in cuts:
         try:

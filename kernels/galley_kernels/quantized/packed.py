@@ -3,21 +3,13 @@
 Matrices are [output, input] as in `torch.nn.Linear`. Codes lie as in the `pack-quantized` format of
 compressed-tensors: word i of a row holds columns (32 / bits) i and up, the first in the lowest bits, each code
 plus 2^(bits-1), so that no sign is packed.
-
-For GPUs, 4-bit codes also lie in planes: of each 64 columns, 16-bit number i of 16 holds columns i, 16 + i,
-32 + i and 48 + i. One shift then gives the weights of 16 neighbouring columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
-
-Order = Literal["columns", "planes"]
-BLOCK = 64
-"""Columns whose codes lie in planes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +56,12 @@ class PackedMatrix:
         words: int32 [output, input * bits / 32], contiguous.
         scales: floating [output, groups], contiguous; groups of input / groups neighbouring columns.
         bits: 4 or 8.
-        order: in which codes lie.
     """
 
     words: torch.Tensor
     scales: torch.Tensor
     bits: int
     outliers: SparseRows | None = None
-    order: Order = "columns"
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -106,23 +96,9 @@ class PackedMatrix:
     def group_size(self) -> int:
         return self.inputs // self.scales.shape[1]
 
-    def codes(self) -> torch.Tensor:
-        """int8 [output, input]."""
-        codes = unpack_codes(self.words, self.bits)
-        if self.order == "planes":
-            codes = codes.view(self.outputs, -1, BLOCK // 4, 4).transpose(2, 3).reshape(self.shape)
-        return codes
-
-    def in_planes(self) -> PackedMatrix:
-        """The same matrix as GPUs read it; itself where that is how it lies, or where it does not fit."""
-        if self.bits != 4 or self.order == "planes" or self.inputs % BLOCK:
-            return self
-        codes = self.codes().view(self.outputs, -1, 4, BLOCK // 4).transpose(2, 3).reshape(self.shape)
-        return replace(self, words=pack_codes(codes, 4), order="planes")
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[output, input] that the matrix stands for."""
-        codes = self.codes().view(self.outputs, self.scales.shape[1], -1)
+        codes = unpack_codes(self.words, self.bits).view(self.outputs, self.scales.shape[1], -1)
         weights = (codes.to(dtype) * self.scales.to(dtype).unsqueeze(-1)).view(self.shape)
         if self.outliers is not None:
             place = (self.outliers.rows(), self.outliers.columns.long())
