@@ -1,9 +1,9 @@
 """Check and time every kernel on this machine's GPU: `python -m galley_kernels.bench`.
 
-Each operation is compared with its float64 reference on random inputs, then timed against what torch has for the
-same work: bfloat16 products by cuBLAS, torch's own int4 product, and eager and compiled torch elsewhere. Weights
-come from the GPU's memory, not its cache: copies of them take turns within one CUDA graph. Times are medians of
-replays, of all rivals in turn, in microseconds.
+Each operation is compared with its float64 reference on random inputs, then timed against what torch has for
+the same work: bfloat16 products by cuBLAS, torch's own int4 product, and eager and compiled torch elsewhere.
+Weights come from the GPU's memory, not its cache: copies of them take turns within one CUDA graph. Times are
+medians of replays, of all rivals in turn, in microseconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from galley_kernels import (
 from galley_kernels.choice import has_triton
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 RESULTS = Path(__file__).parents[1] / "results"
 PRODUCTS = {4: w4a16_gemm, 8: w8a16_gemm}
@@ -83,8 +84,8 @@ def check(device: str, implementation: str = "triton") -> list[dict[str, Any]]:
 
     for bits, product in PRODUCTS.items():
         for inputs, outputs, group, rows in (
-            (576, 1536, 64, 1), (576, 200, 576, 3), (4096, 512, 128, 2), (1024, 333, 32, 17), (1024, 64, 32, 1), (1536, 576, 64, 70),
-            (96, 64, 24, 5), (96, 50, 8, 33), (2048, 512, 128, 512),
+            (576, 1536, 64, 1), (576, 200, 576, 3), (4096, 512, 128, 2), (1024, 333, 32, 17),
+            (1024, 64, 32, 1), (1536, 576, 64, 70), (96, 64, 24, 5), (96, 50, 8, 33), (2048, 512, 128, 512),
         ):  # fmt: skip
             for dtype in TOLERANCE:
                 for share in (0.0, 0.01):
@@ -92,7 +93,14 @@ def check(device: str, implementation: str = "triton") -> list[dict[str, Any]]:
                     x = torch.randn(rows, inputs, device=device, dtype=dtype)
                     expected = product(x, matrix, implementation="reference")
                     error = relative_error(product(x, matrix, implementation=implementation), expected)
-                    note(f"w{bits}a16_gemm", dtype, error, shape=[rows, inputs, outputs], group=group, apart=share)
+                    note(
+                        f"w{bits}a16_gemm",
+                        dtype,
+                        error,
+                        shape=[rows, inputs, outputs],
+                        group=group,
+                        apart=share,
+                    )
     for dtype in TOLERANCE:
         for rows, vocabulary in ((1, 49152), (5, 9001), (64, 32000)):
             logits, other = (torch.randn(2, rows, vocabulary, device=device) * 4).to(dtype)
@@ -122,12 +130,13 @@ def random_block(rows: int, width: int, hidden: int, dtype: torch.dtype, device:
     sizes = ((rows, width), (width,), (hidden, width), (hidden, width), (width, hidden))
     factors = (1.0, 1.0, width**-0.5, width**-0.5, hidden**-0.5)
     return [
-        (torch.randn(size, device=device) * factor).to(dtype) for size, factor in zip(sizes, factors, strict=True)
+        (torch.randn(size, device=device) * factor).to(dtype)
+        for size, factor in zip(sizes, factors, strict=True)
     ]
 
 
 def times(
-    rivals: dict[str, Sequence[Callable[[], Any]]], repeats: int, least: float = 0.003
+    rivals: Mapping[str, Sequence[Callable[[], Any]]], repeats: int, least: float = 0.003
 ) -> dict[str, float]:
     """Median microseconds of a call of each rival; each has its calls on several copies of its data."""
     graphs = {}
@@ -182,16 +191,16 @@ def product_rivals(
     packed = [random_matrix(inputs, outputs, bits, group, dtype, "cuda") for _ in range(count)]
     apart = [random_matrix(inputs, outputs, bits, group, dtype, "cuda", 0.005) for _ in range(min(count, 8))]
     rivals: dict[str, list[Callable[[], Any]]] = {
-        "bf16 cuBLAS": [lambda w=w: torch.nn.functional.linear(x, w) for w in dense],
-        "galley": [lambda m=m: product(x, m) for m in packed],
-        "galley, 0.5 % apart": [lambda m=m: product(x, m) for m in apart],
+        "bf16 cuBLAS": [partial(torch.nn.functional.linear, x, w) for w in dense],
+        "galley": [partial(product, x, m) for m in packed],
+        "galley, 0.5 % apart": [partial(product, x, m) for m in apart],
     }
     if rows > 32:
         from galley_kernels.quantized.triton_gemm import default_tiles, gemm
 
         cut = default_tiles(rows, outputs, inputs, bits)
-        rivals["tiles"] = [lambda m=m: gemm(x, m, cut) for m in packed]
-        rivals["dense"] = [lambda m=m: gemm(x, m, None, dense_rows=0) for m in packed]
+        rivals["tiles"] = [partial(gemm, x, m, cut) for m in packed]
+        rivals["dense"] = [partial(gemm, x, m, dense_rows=0) for m in packed]
     if bits == 4 and rows <= 64 and inputs % 1024 == 0 and outputs % 64 == 0:
         try:
             nibbles = [
@@ -201,7 +210,7 @@ def product_rivals(
             words = [torch.ops.aten._convert_weight_to_int4pack(each, 8) for each in nibbles]
             scales = torch.rand(inputs // group, outputs, 2, device="cuda", dtype=dtype)
             pack = torch.ops.aten._weight_int4pack_mm
-            rivals["torch int4"] = [lambda w=w: pack(x, w, group, scales) for w in words]
+            rivals["torch int4"] = [partial(pack, x, w, group, scales) for w in words]
         except RuntimeError as error:
             print(f"torch's int4 product: {error}", file=sys.stderr)
     return rivals
@@ -225,9 +234,17 @@ def bench_products(
     return found
 
 
+def _mix_by_torch(*given: torch.Tensor) -> torch.Tensor:
+    return mix_log_probs(*given, implementation="torch")
+
+
+def _block_by_torch(*given: torch.Tensor) -> torch.Tensor:
+    return memory_block(*given, implementation="torch")
+
+
 def bench_mix(rows_list: Iterable[int], vocabulary: int, repeats: int) -> list[dict[str, Any]]:
     found = []
-    compiled = torch.compile(lambda *given: mix_log_probs(*given, implementation="torch"), dynamic=False)
+    compiled = torch.compile(_mix_by_torch, dynamic=False)
     for rows in rows_list:
         bytes_each = 2 * 2 * rows * vocabulary
         given = [
@@ -239,9 +256,9 @@ def bench_mix(rows_list: Iterable[int], vocabulary: int, repeats: int) -> list[d
             for _ in range(copies_of(bytes_each))
         ]
         rivals: dict[str, list[Callable[[], Any]]] = {
-            "torch": [lambda g=g: mix_log_probs(*g, implementation="torch") for g in given],
-            "torch.compile": [lambda g=g: compiled(*g) for g in given],
-            "galley": [lambda g=g: mix_log_probs(*g) for g in given],
+            "torch": [partial(_mix_by_torch, *g) for g in given],
+            "torch.compile": [partial(compiled, *g) for g in given],
+            "galley": [partial(mix_log_probs, *g) for g in given],
         }
         us = times(rivals, repeats)
         moved = rows * vocabulary * (2 * 2 + 4)
@@ -262,15 +279,15 @@ def bench_block(
     rows_list: Iterable[int], sizes: Iterable[tuple[int, int]], repeats: int
 ) -> list[dict[str, Any]]:
     found = []
+    compiled = torch.compile(_block_by_torch, dynamic=False)
     for width, hidden in sizes:
         for rows in rows_list:
             count = copies_of(6 * width * hidden)
             given = [random_block(rows, width, hidden, torch.bfloat16, "cuda") for _ in range(count)]
-            compiled = torch.compile(lambda *each: memory_block(*each, implementation="torch"), dynamic=False)
             rivals: dict[str, list[Callable[[], Any]]] = {
-                "torch": [lambda g=g: memory_block(*g, implementation="torch") for g in given],
-                "torch.compile": [lambda g=g: compiled(*g) for g in given],
-                "galley": [lambda g=g: memory_block(*g, implementation="triton") for g in given],
+                "torch": [partial(_block_by_torch, *g) for g in given],
+                "torch.compile": [partial(compiled, *g) for g in given],
+                "galley": [partial(memory_block, *g, implementation="triton") for g in given],
             }
             us = times(rivals, repeats)
             found.append(
@@ -311,14 +328,15 @@ def tune(bits: int, shape: str, rows: int, repeats: int = 3, group: int = 128) -
         cuts += [
             Tiles(high, outputs_each, inputs_each, splits, warps, stages)
             for outputs_each, inputs_each, splits, warps, stages in (
-                (16, 128, 0, 2, 4), (32, 128, 0, 4, 4), (32, 128, 1, 4, 4), (64, 128, 0, 4, 4), (128, 128, 0, 4, 3), (128, 64, 0, 4, 4),
+                (16, 128, 0, 2, 4), (32, 128, 0, 4, 4), (32, 128, 1, 4, 4), (64, 128, 0, 4, 4),
+                (128, 128, 0, 4, 3), (128, 64, 0, 4, 4),
             )
         ]  # fmt: skip
-    found = []
+    found: list[dict[str, Any]] = []
     for cut in cuts:
         try:
-            (us,) = times({"it": [lambda m=m, cut=cut: gemm(x, m, cut) for m in matrices]}, repeats).values()
-        except Exception as error:  # noqa: BLE001 - a cut that this GPU cannot take is passed over
+            (us,) = times({"it": [partial(gemm, x, m, cut) for m in matrices]}, repeats).values()
+        except Exception as error:  # a cut that this GPU cannot take is passed over
             print(f"{cut}: {str(error)[:100]}", file=sys.stderr)
             continue
         found.append(
@@ -380,7 +398,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": _triton_version()},
         "commit": options.commit,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join(["python", "-m", "galley_kernels.bench", *sys.argv[1:]]),
+        "repeats": options.repeats,
         "checks": checks,
     }
     output: Path = options.output or RESULTS / f"{name.replace(' ', '-').lower()}.json"

@@ -44,8 +44,9 @@ def memory_block(
         or down.shape != (width, hidden)
     ):
         raise ValueError(
-            f"found x {list(x.shape)}, norm {list(norm.shape)}, gate {list(gate.shape)}, up {list(up.shape)} and "
-            f"down {list(down.shape)}, expected [rows, width], [width], [hidden, width] twice and [width, hidden]"
+            f"found x {list(x.shape)}, norm {list(norm.shape)}, gate {list(gate.shape)}, up "
+            f"{list(up.shape)} and down {list(down.shape)}, expected [rows, width], [width], "
+            "[hidden, width] twice and [width, hidden]"
         )
     chosen = choose(implementation, IMPLEMENTATIONS, x.device)
     if chosen == "triton" and (implementation != AUTO or len(x) <= TRITON_ROWS):
@@ -53,18 +54,7 @@ def memory_block(
 
         return triton_block.block(x, norm, gate, up, down, epsilon)
     dtype = torch.float64 if chosen == "reference" else x.dtype
-    wide = [tensor.to(dtype) for tensor in (x, norm, gate, up, down)]
-    return _block(*wide, epsilon).to(x.dtype)
-
-
-def _block(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    down: torch.Tensor,
-    epsilon: float,
-) -> torch.Tensor:
-    normed = torch.nn.functional.rms_norm(x, norm.shape, norm, epsilon)
+    wide, norm, gate, up, down = (tensor.to(dtype) for tensor in (x, norm, gate, up, down))
+    normed = torch.nn.functional.rms_norm(wide, norm.shape, norm, epsilon)
     inner = torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)
-    return torch.addmm(x, inner, down.T)
+    return torch.addmm(wide, inner, down.T).to(x.dtype)

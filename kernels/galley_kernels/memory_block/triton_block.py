@@ -1,8 +1,8 @@
-"""Triton kernels for a block of an MLP memory: norm, gate, up and their product in one; down and the residual.
+"""Triton kernels for a block of an MLP memory: one for norm, gate, up and their product, one for the rest.
 
-A row's norm is a factor of its products with the gate's and up's weights, so the sum of squares is taken in the
-loop that multiplies, and the normed row is never stored. Weights are the left operand: their many rows fill
-the matrix units where a few positions would not.
+A row's norm is a factor of its products with the gate's and up's weights, so the sum of squares is taken in
+the loop that multiplies, and the normed row is never stored. Weights are the left operand: their many rows
+fill the matrix units where a few positions would not.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def _down_kernel(
     for first in range(0, hidden, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         here = k < hidden
-        inner = tl.load(inner_ptr + m[None, :] * hidden + k[:, None], mask=here[:, None] & real[None, :], other=0.0)
+        inner = tl.load(
+            inner_ptr + m[None, :] * hidden + k[:, None], mask=here[:, None] & real[None, :], other=0.0
+        )
         places = n.to(tl.int64)[:, None] * hidden + k[None, :]
         down = tl.load(down_ptr + places, mask=inside[:, None] & here[None, :], other=0.0)
         if EXACT:

@@ -1,7 +1,7 @@
 """Triton kernels of the mix: each row is cut into blocks, so that a few rows fill a GPU.
 
-The first kernel leaves the largest logit and the sum of exponentials of each block, the second joins those of a
-row and writes its block. No softmax is stored; the second reading comes from the GPU's cache for all but
+The first kernel leaves the largest logit and the sum of exponentials of each block, the second joins those of
+a row and writes its block. No softmax is stored; the second reading comes from the GPU's cache for all but
 large batches.
 """
 
@@ -52,7 +52,9 @@ def _sums_kernel(
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocabulary
-    first = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    first = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=float("-inf")).to(
+        tl.float32
+    )
     second = tl.load(other_ptr + row * other_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
     first_most, first_sum = _block_sum(first)
     second_most, second_sum = _block_sum(second)
@@ -85,7 +87,9 @@ def _mix_kernel(
     weight = tl.load(weight_ptr + row).to(tl.float32)
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocabulary
-    first = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    first = tl.load(logits_ptr + row * logits_stride + column, mask=inside, other=float("-inf")).to(
+        tl.float32
+    )
     second = tl.load(other_ptr + row * other_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
     first = (first - first_sum) + tl.log(1.0 - weight)
     second = (second - second_sum) + tl.log(weight)

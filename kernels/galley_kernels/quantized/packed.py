@@ -1,8 +1,8 @@
 """Quantized matrices as kernels read them: codes packed into words, scales of groups, weights kept apart.
 
 Matrices are [output, input] as in `torch.nn.Linear`. Codes lie as in the `pack-quantized` format of
-compressed-tensors: word i of a row holds columns (32 / bits) i and up, the first in the lowest bits, each code
-plus 2^(bits-1), so that no sign is packed.
+compressed-tensors: word i of a row holds columns (32 / bits) i and up, the first in the lowest bits, each
+code plus 2^(bits-1), so that no sign is packed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class SparseRows:
     most: int
 
     @classmethod
-    def of(
-        cls, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, outputs: int
-    ) -> SparseRows:
+    def of(cls, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, outputs: int) -> SparseRows:
         """
         Args:
             rows, columns: integers [weights], in the order of rows.
@@ -68,8 +66,8 @@ class PackedMatrix:
             raise ValueError(f"bits: found {self.bits}, expected 4 or 8")
         if self.words.dtype != torch.int32 or self.words.dim() != 2 or self.scales.dim() != 2:
             raise ValueError(
-                f"found words {self.words.dtype} {list(self.words.shape)} and scales {list(self.scales.shape)}, "
-                "expected int32 [output, words] and [output, groups]"
+                f"found words {self.words.dtype} {list(self.words.shape)} and scales "
+                f"{list(self.scales.shape)}, expected int32 [output, words] and [output, groups]"
             )
         if not (self.words.is_contiguous() and self.scales.is_contiguous()):
             raise ValueError("found words or scales with gaps, expected them contiguous")
@@ -120,7 +118,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         raise ValueError(
             f"found codes from {int(codes.min())} to {int(codes.max())}, expected {-half} to {half - 1}"
         )
-    unsigned = (codes.to(torch.int64) + half).view(len(codes), -1, each)
+    unsigned = (codes.to(torch.int64) + half).view(len(codes), codes.shape[1] // each, each)
     shifts = torch.arange(each, device=codes.device) * bits
     words = (unsigned << shifts).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
@@ -131,4 +129,4 @@ def unpack_codes(words: torch.Tensor, bits: int) -> torch.Tensor:
     each, half = 32 // bits, 1 << (bits - 1)
     shifts = torch.arange(each, device=words.device, dtype=torch.int32) * bits
     codes = ((words.unsqueeze(-1) >> shifts) & (2 * half - 1)) - half
-    return codes.to(torch.int8).view(len(words), -1)
+    return codes.to(torch.int8).view(len(words), words.shape[1] * each)

@@ -1,16 +1,16 @@
 """Triton kernels for a GPU: weights become numbers in registers, and every word is read once.
 
-A 4-bit code's bits are put where they are the lowest bits of a float that holds them exactly: 16 + u, u being the
-unsigned code (256 + u for 8 bits, in float32). That is a shift and one three-way logical operation for a weight,
-where a conversion from integers has a quarter of their speed. What that adds to each product, 16 + 8 times the
-sum of the activations, is taken off again after each group, before its scale.
+A 4-bit code's bits are put where they are the lowest bits of a float that holds them exactly: 16 + u, u being
+the unsigned code (256 + u for 8 bits, in float32). That is a shift and one three-way logical operation for a
+weight, where a conversion from integers has a quarter of their speed. What that adds to each product, 16 + 8
+times the sum of the activations, is taken off again after each group, before its scale.
 
 - One row: vector sums in float32.
 - More rows: tiles on the matrix units.
 - Many rows: arithmetic takes the time. Weights are written out once and cuBLAS multiplies.
 
-Where tiles are too few to fill the GPU, the input dimension is split among them; a last kernel adds the parts,
-and the weights kept apart.
+Where tiles are too few to fill the GPU, the input dimension is split among them; a last kernel adds the
+parts, and the weights kept apart.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from galley_kernels.choice import interpreted
 if TYPE_CHECKING:
     from galley_kernels.quantized.packed import PackedMatrix, SparseRows
 
-DENSE_ROWS = 96
-"""From so many rows on, weights are written out and multiplied by cuBLAS."""
+DENSE_ROWS = {4: 128, 8: 192}
+"""By bits: from so many rows on, weights are written out and multiplied by cuBLAS."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def default_tiles(rows: int, outputs: int, inputs: int, bits: int) -> Tiles:
 
 
 def gemm(
-    x: torch.Tensor, matrix: PackedMatrix, tiles: Tiles | None = None, *, dense_rows: int = DENSE_ROWS
+    x: torch.Tensor, matrix: PackedMatrix, tiles: Tiles | None = None, *, dense_rows: int | None = None
 ) -> torch.Tensor:
     """[rows, output] in the activations' type."""
     rows, (outputs, inputs) = len(x), matrix.shape
     out = x.new_empty(rows, outputs)
     if not out.numel():
         return out
-    if tiles is None and rows >= dense_rows:
+    if tiles is None and rows >= (DENSE_ROWS[matrix.bits] if dense_rows is None else dense_rows):
         return x @ dense(matrix, x.dtype).T
     x = x.contiguous()
     tiles = tiles or default_tiles(rows, outputs, inputs, matrix.bits)
@@ -175,11 +175,13 @@ def _vector_kernel(
         here = word < row_words
         mask = inside[:, None] & here[None, :]
         words = tl.load(lines + word[None, :], mask=mask, other=0)
-        scales = tl.load(scales_ptr + n[:, None] * groups + (word // group_words)[None, :], mask=mask, other=0.0)
+        scales = tl.load(
+            scales_ptr + n[:, None] * groups + (word // group_words)[None, :], mask=mask, other=0.0
+        )
         product = tl.zeros([BLOCK_N, BLOCK_W], tl.float32)
         total = tl.zeros([BLOCK_W], tl.float32)
         for place in tl.static_range(EACH):
-            if place * BITS >= ONE:
+            if place * BITS >= ONE:  # noqa: SIM108 - a compiled branch, not two shifts
                 bits = words >> (place * BITS - ONE)
             else:
                 bits = words << (ONE - place * BITS)
@@ -199,6 +201,7 @@ def _tile_kernel(
     BLOCK_K: tl.constexpr, PER_CODE: tl.constexpr, HALF: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     EACH: tl.constexpr = 4 if BITS == 4 else 1  # codes of a loaded number
+    OFFSET: tl.constexpr = 24.0 if BITS == 4 else 0.0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
@@ -211,13 +214,13 @@ def _tile_kernel(
         k = first + tl.arange(0, BLOCK_K)
         x = tl.load(x_lines + k[None, :], mask=outside[:, None] & (k < inputs)[None, :], other=0.0)
         number = first // EACH + tl.arange(0, BLOCK_K // EACH)
-        codes = tl.load(lines + number[None, :], mask=inside[:, None] & (number < row_codes)[None, :], other=0)
+        codes = tl.load(
+            lines + number[None, :], mask=inside[:, None] & (number < row_codes)[None, :], other=0
+        )
         if BITS == 4:
             weights = _expand(codes, BLOCK_N, BLOCK_K, HALF)
-            OFFSET: tl.constexpr = 24.0
         else:
             weights = (codes ^ 0x80).to(tl.int8, bitcast=True).to(tl.float16 if HALF else tl.bfloat16)
-            OFFSET: tl.constexpr = 0.0
         if PER_CODE:
             places = n[:, None] * groups + (k // group)[None, :]
             each = tl.load(scales_ptr + places, mask=inside[:, None] & (k < inputs)[None, :], other=0.0)
@@ -248,7 +251,7 @@ def _expand(codes, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALF: tl.conste
     MASK: tl.constexpr = 15 << ONE
     BASE: tl.constexpr = 0x4C00 if HALF else 0x4180
     first = ((codes << ONE) & MASK) | BASE
-    if HALF:
+    if HALF:  # noqa: SIM108 - likewise
         second = ((codes << (ONE - 4)) & MASK) | BASE
     else:
         second = ((codes >> (4 - ONE)) & MASK) | BASE
@@ -278,7 +281,9 @@ def _dense_kernel(
     if GROUP > 0:
         span = first // GROUP + tl.arange(0, BLOCK_K // GROUP)
         mask = inside[:, None] & (span < groups)[None, :]
-        scales = tl.load(scales_ptr + n[:, None] * groups + span[None, :], mask=mask, other=0.0).to(tl.float32)
+        scales = tl.load(scales_ptr + n[:, None] * groups + span[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         grouped = weights.reshape(BLOCK_N, BLOCK_K // GROUP, GROUP) * scales[:, :, None]
         weights = grouped.reshape(BLOCK_N, BLOCK_K)
     else:
@@ -286,13 +291,16 @@ def _dense_kernel(
         places = n[:, None] * groups + (k // group)[None, :]
         weights *= tl.load(scales_ptr + places, mask=mask, other=0.0).to(tl.float32)
     place = n.to(tl.int64)[:, None] * inputs + k[None, :]
-    tl.store(out_ptr + place, weights.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (k < inputs)[None, :])
+    tl.store(
+        out_ptr + place, weights.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (k < inputs)[None, :]
+    )
 
 
 @triton.jit
 def _finish_kernel(
     parts_ptr, out_ptr, x_ptr, starts_ptr, columns_ptr, values_ptr, rows, outputs, inputs,
-    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, APART: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
