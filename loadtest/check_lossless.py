@@ -6,7 +6,8 @@ large. Every answer is compared with the one of vLLM without speculation and wit
 
 Answers are kept in a work file as they come, so that a run that was stopped goes on where it was, and several
 runs with different methods may share it: two, each bound to one core with `VLLM_CPU_OMP_THREADS_BIND`, get
-through batch 1 sooner than one after the other.
+through batch 1 sooner than one after the other. Cells of the last record that had the same settings stay in
+the next, until as many prompts of theirs are compared again.
 """
 
 from __future__ import annotations
@@ -117,6 +118,25 @@ def compare(found: dict[Key, dict[int, list[int]]]) -> dict[str, dict[str, Any]]
     return cells
 
 
+def kept(record: Path, settings: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Cells of an earlier record with the same settings that compared more than was found now.
+
+    Each has the commits of the answers it was made of.
+    """
+    try:
+        sections = json.loads(record.read_text(encoding="utf-8"))["sections"]
+    except FileNotFoundError:
+        return {}
+    if sections["settings"] != settings:
+        return {}
+    commits = sections["commits"]["of_answers"]
+    return {
+        name: {"commits": commits, **cell}
+        for name, cell in sections["cells"].items()
+        if cell["compared"] > found.get(name, {"compared": 0})["compared"]
+    }
+
+
 def ask(server: Server, prompt: Prompt, max_tokens: int) -> list[int]:
     body = {
         "model": NAME,
@@ -201,6 +221,7 @@ def main() -> None:
     for key in (REFERENCE, *cells):
         fill(answers, key, prompts, options.max_tokens)
     found = compare(answers.found)
+    found = dict(sorted({**found, **kept(RESULTS / f"{name}.json", settings, found)}.items()))
     report.add("settings", settings)
     report.add("cells", found)
     report.add("commits", {"of_answers": sorted(answers.commits)})

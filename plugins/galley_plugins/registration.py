@@ -27,6 +27,7 @@ def register() -> None:
     vllm_compat.check_version()
     _register_models()
     _register_kernels()
+    _register_quantization()
     preloading.adopt()
     process = multiprocessing.current_process()
     parent = multiprocessing.parent_process()
@@ -53,6 +54,12 @@ def _register_kernels() -> None:
         from galley_plugins import cpu_kernels
 
         cpu_kernels.register()
+
+
+def _register_quantization() -> None:
+    from galley_plugins.quantization import serving
+
+    serving.register()
 
 
 def versions() -> dict[str, str]:

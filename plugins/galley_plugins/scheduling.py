@@ -137,7 +137,9 @@ class EmbeddingScheduler:
         elif self._embed_left is not None:
             if self._embed_left < 1:
                 return 0
-            if num_computed_tokens + count > request.num_tokens:  # padded: one token, to be neither cut nor counted
+            if (
+                num_computed_tokens + count > request.num_tokens
+            ):  # padded: one token, to be neither cut nor counted
                 self._embed_left -= 1
             else:
                 count = min(count, self._embed_left)

@@ -141,6 +141,18 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.ir.ops", "rms_norm", "has a compiled kernel on a CPU too"),
         ("vllm.ir.ops", "fused_add_rms_norm", "has a compiled kernel on a CPU too"),
     ),
+    "quantization": (
+        (
+            "vllm.model_executor.layers.quantization",
+            "register_quantization_config",
+            "takes methods from outside",
+        ),
+        (
+            "vllm.model_executor.layers.linear",
+            "UnquantizedLinearMethod.create_weights",
+            "makes the weight and its sharded loader",
+        ),
+    ),
     "preloading": (
         ("vllm.v1.engine.utils", "get_mp_context", "starts the engine core"),
         ("vllm.v1.executor.multiproc_executor", "get_mp_context", "starts the workers"),

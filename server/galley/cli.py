@@ -228,6 +228,16 @@ def embed_train(context: typer.Context) -> None:
     _run_plugin("galley_plugins.embedding", ["train", *context.args])
 
 
+@app.command(
+    "quantize",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def quantize(context: typer.Context) -> None:
+    """Quantize a model's weights without data, into a new folder; --help says how."""
+    _run_plugin("galley_plugins.quantization", ["quantize", *context.args])
+
+
 @app.command()
 def version(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print the versions of Galley and of what it runs on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -65,6 +66,22 @@ def test_answers_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_a_part_of_the_prompts_covers_all_tasks() -> None:
     prompts = {task: [Prompt(10 * place + i, task, "") for i in range(3)] for place, task in enumerate("abc")}
     assert [prompt.question for prompt in check_lossless.chosen(prompts, 2)] == [0, 10, 20, 1, 11, 21]
+
+
+def test_cells_of_an_earlier_record_stay_until_as_much_is_compared_again(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    assert check_lossless.kept(record, SETTINGS, {}) == {}
+    earlier = {
+        "hybrid b8": {"compared": 480, "identical": 480},
+        "trigram b8": {"compared": 9, "identical": 8},
+    }
+    sections = {"settings": SETTINGS, "cells": earlier, "commits": {"of_answers": ["abc"]}}
+    record.write_text(json.dumps({"sections": sections}))
+    now = {"hybrid b8": {"compared": 12}, "trigram b8": {"compared": 9}}
+    assert check_lossless.kept(record, SETTINGS, now) == {
+        "hybrid b8": {"compared": 480, "identical": 480, "commits": ["abc"]}
+    }
+    assert check_lossless.kept(record, {"max_tokens": 9}, now) == {}
 
 
 def test_unknown_methods_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,180 @@
+"""The command line `python -m galley_plugins.quantization`; reports go to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from galley_plugins.models import ModelError, resolve
+from galley_plugins.quantization.options import METHODS
+
+app = typer.Typer(
+    help="Weight-only quantization.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def commands() -> None:
+    """Weight-only quantization."""
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="builtin:NAME, a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "finequant+easyquant",
+    bits: Annotated[int, typer.Option(help="Of a code: 4 or 8.")] = 4,
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale, where the method does not choose.")
+    ] = None,
+    sigma: Annotated[float | None, typer.Option(help="Where outliers begin, in standard deviations.")] = None,
+    shrink: Annotated[
+        float | None, typer.Option(help="What a smaller group must bring; more gives larger groups.")
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight to spread over the matrices by what they bring; slower."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Modules to leave as they are; repeatable. *.down_proj"),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=JSON", help='Other options for some: *.layers.0.*={"bits": 8}'),
+    ] = None,
+    output_layer: Annotated[bool, typer.Option(help="Quantize the output layer too.")] = False,
+    report: Annotated[bool, typer.Option(help="Print each matrix: error, bits, outliers.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Quantize MODEL's matrices without data, into the folder OUT, which `galley serve` takes as weights.
+
+    A run that was stopped goes on where it was. Leftovers are in OUT.partial.
+    """
+    from galley_plugins.quantization.checkpoint import matrices_together, quantize_checkpoint, values_of
+    from galley_plugins.quantization.plan import Plan
+    from galley_plugins.quantization.source import CheckpointError, Source
+
+    console = Console(stderr=True)
+    given = {"group_size": group_size, "sigma": sigma, "shrink": shrink}
+    values: dict[str, Any] = {"method": method, "bits": bits}
+    values |= {name: value for name, value in given.items() if value is not None}
+    started = time.monotonic()
+    try:
+        rules = [(pattern, None) for pattern in keep or []] + [_rule(text) for text in rule or []]
+        plan = Plan.from_values(values, rules, output_layer=output_layer)
+        source = _folder_of(model)
+        with Source(source) as weights, _progress(console) as progress:
+            groups = matrices_together(weights, plan)
+            sizes = {name: _size(weights.shape(name)) for name in weights.names}
+            if target_bits is not None:
+                from galley_plugins.quantization.budget import plan_for
+
+                total = sum(sizes[name] for names in groups for name in names)
+                task = progress.add_task("weighing", total=total)
+                plan = plan_for(
+                    groups,
+                    weights.tensor,
+                    plan,
+                    target_bits,
+                    advance=lambda name, size: progress.update(
+                        task, advance=size, description=f"weighing {name}"
+                    ),
+                )
+            bar = progress.add_task("quantizing", total=sum(sizes.values()))
+            rows = quantize_checkpoint(
+                source,
+                out.absolute(),
+                plan,
+                advance=lambda name, size: progress.update(
+                    bar, advance=size, description=f"quantizing {name}"
+                ),
+            )
+    except (ModelError, CheckpointError, ValueError, OSError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    weights_total = sum(row.weights for row in rows)
+    average = sum(row.bits_per_weight * row.weights for row in rows) / max(weights_total, 1)
+    if as_json:
+        print(json.dumps({"bits_per_weight": average, "matrices": [values_of(row) for row in rows]}))  # noqa: T201
+    elif report:
+        Console().print(_table(rows))
+    console.print(
+        f"{len(rows)} matrices of {weights_total / 1e6:.1f} million weights, {average:.2f} bits each, "
+        f"in {time.monotonic() - started:.1f} s: {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _rule(text: str) -> tuple[str, dict[str, Any]]:
+    pattern, found, options = text.partition("=")
+    try:
+        values = json.loads(options)
+    except ValueError:
+        values = None
+    if not found or not isinstance(values, dict):
+        raise ValueError(f'--rule: found {text!r}, expected PATTERN=JSON, as in *.layers.0.*={{"bits": 8}}')
+    return pattern, values
+
+
+def _folder_of(model: str) -> Path:
+    found = resolve(model)
+    if isinstance(found, Path):
+        return found
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(found, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+    )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for each in shape:
+        size *= each
+    return size
+
+
+def _table(rows: list[Any]) -> Table:
+    table = Table()
+    for heading in ("matrix", "shape", "bits", "group", "bits a weight", "outliers %", "error %"):
+        table.add_column(heading, justify="left" if heading == "matrix" else "right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.shape[0]} x {row.shape[1]}",
+            str(row.bits),
+            str(row.group_size),
+            f"{row.bits_per_weight:.2f}",
+            f"{100 * row.outlier_share:.2f}",
+            f"{100 * row.error:.2f}",
+        )
+    return table
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+if __name__ == "__main__":
+    app()
