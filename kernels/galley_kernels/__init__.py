@@ -1,7 +1,8 @@
 """Tensor operations for the hot paths: one contract each, a readable reference and fast implementations.
 
 Each operation takes `implementation`: `auto` is the fastest that the tensors' device and this installation
-have, `reference` the formula in plain torch, `torch` the same quickly on any device, `triton` a GPU's.
+have, `reference` the formula in plain torch, `torch` the same quickly on any device, `cpu` compiled code,
+`triton` a GPU's.
 """
 
 from galley_kernels.memory_block import memory_block

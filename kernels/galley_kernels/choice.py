@@ -35,6 +35,8 @@ def choose(asked: str, have: Collection[str], device: torch.device) -> str:
         return "triton" if device.type == "cuda" and has_triton() else "torch"
     if asked not in have:
         raise ValueError(f"implementation: found {asked!r}, expected auto, {', '.join(have)}")
+    if asked == "cpu" and device.type != "cpu":
+        raise ValueError(f"implementation: found 'cpu' for tensors on {device}, expected a CPU")
     if asked == "triton" and device.type == "cpu" and not interpreted():
         raise ValueError("implementation: found 'triton' for tensors on a CPU, expected a GPU")
     return asked

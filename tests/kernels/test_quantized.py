@@ -45,9 +45,18 @@ def test_the_reference_is_a_sum_of_codes_times_scales(bits: int) -> None:
             assert float(found[row, output]) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        *(("torch", dtype) for dtype in TOLERANCE),
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        ("triton", torch.float32),  # the interpreter has no products of bfloat16: they are a GPU's to check
+        ("triton", torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_products_are_the_references(call: Callable[..., Any], bits: int, dtype: torch.dtype) -> None:
     torch.manual_seed(bits)
     for rows, inputs, outputs, group, share in SHAPES:
@@ -59,7 +68,7 @@ def test_products_are_the_references(call: Callable[..., Any], bits: int, dtype:
         assert relative_error(found, expected) < TOLERANCE[dtype], (rows, inputs, outputs, group, share)
 
 
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "cpu", "triton"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_extreme_values_stay_what_they_are(call: Callable[..., Any], bits: int) -> None:
     """Zeros, activations and scales far apart in size, denormals: each output on its own.
@@ -90,7 +99,7 @@ def test_extreme_values_stay_what_they_are(call: Callable[..., Any], bits: int) 
     assert (found[1] == 0).all()
 
 
-@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("implementation", ["torch", "cpu", "triton"])
 def test_leading_dimensions_are_kept_and_no_rows_give_none(call: Callable[..., Any]) -> None:
     matrix = random_matrix(64, 24, 4, 32, torch.float32, "cpu")
     x = torch.randn(2, 3, 64)

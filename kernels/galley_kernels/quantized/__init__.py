@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from galley_kernels.choice import AUTO, choose
-from galley_kernels.quantized import reference
+from galley_kernels.quantized import cpu_gemm, reference
 
 if TYPE_CHECKING:
     import torch
 
     from galley_kernels.quantized.packed import PackedMatrix
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", "torch", "cpu", "triton")
 
 
 def w4a16_gemm(x: torch.Tensor, matrix: PackedMatrix, *, implementation: str = AUTO) -> torch.Tensor:
@@ -42,11 +42,15 @@ def _gemm(x: torch.Tensor, matrix: PackedMatrix, bits: int, implementation: str)
     if x.shape[-1] != matrix.inputs:
         raise ValueError(f"found activations {list(x.shape)}, expected [..., {matrix.inputs}]")
     chosen = choose(implementation, IMPLEMENTATIONS, x.device)
+    if implementation == AUTO and x.device.type == "cpu" and matrix.scales.dtype in cpu_gemm.TYPES:
+        chosen = "cpu" if cpu_gemm.available() else "torch"
     rows = x.reshape(-1, matrix.inputs)
     if chosen == "triton":
         from galley_kernels.quantized import triton_gemm
 
         found = triton_gemm.gemm(rows, matrix)
+    elif chosen == "cpu":
+        found = cpu_gemm.gemm(rows, matrix)
     else:
         found = (reference.exact if chosen == "reference" else reference.dequantized)(rows, matrix)
     return found.view(*x.shape[:-1], matrix.outputs)

@@ -94,6 +94,16 @@ class PackedMatrix:
     def group_size(self) -> int:
         return self.inputs // self.scales.shape[1]
 
+    def rows(self, first: int, last: int) -> PackedMatrix:
+        """Outputs from `first` up to `last`; shares memory."""
+        apart = self.outliers
+        if apart is not None:
+            start, end = int(apart.starts[first]), int(apart.starts[last])
+            starts = apart.starts[first : last + 1] - start
+            most = int(starts.diff().max())
+            apart = SparseRows(starts, apart.columns[start:end], apart.values[start:end], most)
+        return PackedMatrix(self.words[first:last], self.scales[first:last], self.bits, apart)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[output, input] that the matrix stands for."""
         codes = unpack_codes(self.words, self.bits).view(self.outputs, self.scales.shape[1], -1)

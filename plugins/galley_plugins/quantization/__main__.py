@@ -109,7 +109,8 @@ def quantize_command(
     if as_json:
         print(json.dumps({"bits_per_weight": average, "matrices": [values_of(row) for row in rows]}))  # noqa: T201
     elif report:
-        Console().print(_table(rows))
+        printed = Console()
+        Console(width=None if printed.is_terminal else 120).print(_table(rows))
     console.print(
         f"{len(rows)} matrices of {weights_total / 1e6:.1f} million weights, {average:.2f} bits each, "
         f"in {time.monotonic() - started:.1f} s: {out}",
@@ -150,8 +151,13 @@ def _size(shape: tuple[int, ...]) -> int:
 def _table(rows: list[Any]) -> Table:
     table = Table()
     for heading in ("matrix", "shape", "bits", "group", "bits a weight", "outliers %", "error %"):
-        table.add_column(heading, justify="left" if heading == "matrix" else "right")
-    for row in rows:
+        left = heading == "matrix"
+        table.add_column(
+            heading, justify="left" if left else "right", overflow="fold" if left else "ellipsis"
+        )
+    for row in sorted(
+        rows, key=lambda row: [int(part) if part.isdigit() else -1 for part in row.name.split(".")]
+    ):
         table.add_row(
             row.name,
             f"{row.shape[0]} x {row.shape[1]}",
