@@ -104,39 +104,75 @@ inline Eight codes(const int32_t* words, int64_t eighth) {
 
 #endif
 
-// One output for ROWS rows of activations. Codes are used as they lie, without a sign; `sums` are of each
-// group's activations times what that adds to every code.
-template <int BITS, int ROWS>
-inline void one_output(const float* x, const float* sums, const int32_t* words, Floats scales, int64_t place,
-                       int64_t inputs, int64_t groups, float* found) {
-    const int64_t eighths = inputs / groups / 8;
-    Eight total[ROWS];
-    float offset[ROWS];
-    for (int row = 0; row < ROWS; ++row) {
-        total[row] = zero();
-        offset[row] = 0;
-    }
-    for (int64_t group = 0; group < groups; ++group) {
-        Eight product[ROWS];
-        for (int row = 0; row < ROWS; ++row) product[row] = zero();
-        for (int64_t eighth = group * eighths; eighth < (group + 1) * eighths; ++eighth) {
-            const Eight weights = codes<BITS>(words, eighth);
-            for (int row = 0; row < ROWS; ++row)
-                product[row] = multiply_add(weights, load(x + row * inputs + 8 * eighth), product[row]);
-        }
-        const float scale = scales[place + group];
+// OUTPUTS neighbouring outputs for ROWS rows of activations: so many sums at once hide the latency of each. Codes
+// are used as they lie, without a sign; `sums` are of each group's activations times what that adds to a code.
+template <int BITS, int ROWS, int OUTPUTS>
+inline void some_outputs(const float* x, const float* sums, const int32_t* words, Floats scales, int64_t output,
+                         int64_t inputs, int64_t groups, float* found) {
+    const int64_t eighths = inputs / groups / 8, row_words = inputs * BITS / 32;
+    Eight total[OUTPUTS][ROWS];
+    float offset[OUTPUTS][ROWS];
+    for (int out = 0; out < OUTPUTS; ++out)
         for (int row = 0; row < ROWS; ++row) {
-            total[row] = multiply_add(spread(scale), product[row], total[row]);
-            offset[row] += scale * sums[row * groups + group];
+            total[out][row] = zero();
+            offset[out][row] = 0;
+        }
+    for (int64_t group = 0; group < groups; ++group) {
+        Eight product[OUTPUTS][ROWS];
+        for (int out = 0; out < OUTPUTS; ++out)
+            for (int row = 0; row < ROWS; ++row) product[out][row] = zero();
+        for (int64_t eighth = group * eighths; eighth < (group + 1) * eighths; ++eighth) {
+            Eight some[ROWS];
+            for (int row = 0; row < ROWS; ++row) some[row] = load(x + row * inputs + 8 * eighth);
+            for (int out = 0; out < OUTPUTS; ++out) {
+                const Eight weights = codes<BITS>(words + (output + out) * row_words, eighth);
+                for (int row = 0; row < ROWS; ++row)
+                    product[out][row] = multiply_add(weights, some[row], product[out][row]);
+            }
+        }
+        for (int out = 0; out < OUTPUTS; ++out) {
+            const float scale = scales[(output + out) * groups + group];
+            for (int row = 0; row < ROWS; ++row) {
+                total[out][row] = multiply_add(spread(scale), product[out][row], total[out][row]);
+                offset[out][row] += scale * sums[row * groups + group];
+            }
         }
     }
-    for (int row = 0; row < ROWS; ++row) found[row] = sum(total[row]) - offset[row];
+    for (int out = 0; out < OUTPUTS; ++out)
+        for (int row = 0; row < ROWS; ++row) found[out * ROWS + row] = sum(total[out][row]) - offset[out][row];
+}
+
+// All rows of the outputs from `first` up to `last`, which are at most four.
+template <int BITS, int ROWS>
+inline void some_rows(const float* x, const float* sums, const int32_t* words, Floats scales, const int32_t* starts,
+                      const int32_t* columns, Floats values, float* out, int64_t first, int64_t last,
+                      int64_t outputs, int64_t inputs, int64_t groups) {
+    float found[4 * ROWS];
+    if (last - first == 4) {
+        if (ROWS <= 2) {
+            some_outputs<BITS, ROWS, 4>(x, sums, words, scales, first, inputs, groups, found);
+        } else {
+            some_outputs<BITS, ROWS, 2>(x, sums, words, scales, first, inputs, groups, found);
+            some_outputs<BITS, ROWS, 2>(x, sums, words, scales, first + 2, inputs, groups, found + 2 * ROWS);
+        }
+    } else {
+        for (int64_t output = first; output < last; ++output)
+            some_outputs<BITS, ROWS, 1>(x, sums, words, scales, output, inputs, groups,
+                                        found + (output - first) * ROWS);
+    }
+    for (int64_t output = first; output < last; ++output) {
+        float* own = found + (output - first) * ROWS;
+        if (starts)
+            for (int32_t at = starts[output]; at < starts[output + 1]; ++at)
+                for (int row = 0; row < ROWS; ++row) own[row] += values[at] * x[row * inputs + columns[at]];
+        for (int row = 0; row < ROWS; ++row) out[row * outputs + output] = own[row];
+    }
 }
 
 template <int BITS>
 void product(const float* x, const int32_t* words, Floats scales, const int32_t* starts, const int32_t* columns,
              Floats values, float* out, int64_t rows, int64_t outputs, int64_t inputs, int64_t groups, int threads) {
-    const int64_t group = inputs / groups, row_words = inputs * BITS / 32;
+    const int64_t group = inputs / groups;
     std::vector<float> sums(rows * groups);
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t g = 0; g < groups; ++g) {
@@ -145,26 +181,15 @@ void product(const float* x, const int32_t* words, Floats scales, const int32_t*
             sums[row * groups + g] = total * (1 << (BITS - 1));
         }
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t output = 0; output < outputs; ++output) {
-        const int32_t* line = words + output * row_words;
-        const int64_t place = output * groups;
+    for (int64_t first = 0; first < outputs; first += 4) {
+        const int64_t last = std::min(first + 4, outputs);
         for (int64_t row = 0; row < rows; row += 4) {
-            float found[4] = {0, 0, 0, 0};
-            const float* some = x + row * inputs;
-            const float* own = sums.data() + row * groups;
-            const int64_t count = std::min<int64_t>(4, rows - row);
-            switch (count) {
-                case 4: one_output<BITS, 4>(some, own, line, scales, place, inputs, groups, found); break;
-                case 3: one_output<BITS, 3>(some, own, line, scales, place, inputs, groups, found); break;
-                case 2: one_output<BITS, 2>(some, own, line, scales, place, inputs, groups, found); break;
-                default: one_output<BITS, 1>(some, own, line, scales, place, inputs, groups, found);
-            }
-            if (starts)
-                for (int32_t at = starts[output]; at < starts[output + 1]; ++at) {
-                    const float value = values[at];
-                    for (int64_t i = 0; i < count; ++i) found[i] += value * some[i * inputs + columns[at]];
-                }
-            for (int64_t i = 0; i < count; ++i) out[(row + i) * outputs + output] = found[i];
+            auto few = rows - row >= 4   ? some_rows<BITS, 4>
+                       : rows - row == 3 ? some_rows<BITS, 3>
+                       : rows - row == 2 ? some_rows<BITS, 2>
+                                         : some_rows<BITS, 1>;
+            few(x + row * inputs, sums.data() + row * groups, words, scales, starts, columns, values,
+                out + row * outputs, first, last, outputs, inputs, groups);
         }
     }
 }

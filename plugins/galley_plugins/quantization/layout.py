@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 METHOD, COMPRESSED_TENSORS = "galley", "compressed-tensors"
-PARTS = (
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "outlier_starts",
-    "outlier_columns",
-    "outlier_values",
-)
+PARTS = {
+    "weight_packed": torch.int32,
+    "weight_scale": torch.bfloat16,
+    "weight_shape": torch.int64,
+    "outlier_starts": torch.int32,
+    "outlier_columns": torch.int32,
+    "outlier_values": torch.bfloat16,
+}
 
 
 def tensors_of(name: str, matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
@@ -70,8 +70,8 @@ def matrix_of(name: str, bits: int | None, tensor: Callable[[str], torch.Tensor 
         CheckpointError: a tensor is missing, of the wrong shape or type, or not finite, by its name.
     """
 
-    def need(part: str, dtype: torch.dtype) -> torch.Tensor:
-        found = tensor(f"{name}.{part}")
+    def need(part: str) -> torch.Tensor:
+        dtype, found = PARTS[part], tensor(f"{name}.{part}")
         if found is None:
             raise CheckpointError(f"{name}.{part} is missing")
         if found.dtype != dtype:
@@ -80,14 +80,14 @@ def matrix_of(name: str, bits: int | None, tensor: Callable[[str], torch.Tensor 
             raise CheckpointError(f"{name}.{part}: found values that are not finite")
         return found
 
-    words, scales = need("weight_packed", torch.int32), need("weight_scale", torch.bfloat16)
-    shape = tuple(need("weight_shape", torch.int64).tolist())
+    words, scales = need("weight_packed"), need("weight_scale")
+    shape = tuple(need("weight_shape").tolist())
     if bits is None:
         bits = 32 * words.shape[-1] // max(shape[-1], 1)
     apart = None
     if tensor(f"{name}.outlier_starts") is not None:
-        starts, columns = need("outlier_starts", torch.int32), need("outlier_columns", torch.int32)
-        values = need("outlier_values", torch.bfloat16)
+        starts, columns = need("outlier_starts"), need("outlier_columns")
+        values = need("outlier_values")
         counts = starts.diff()
         if (
             starts.shape != (shape[0] + 1,)

@@ -112,8 +112,8 @@ class PackedLinearMethod(UnquantizedLinearMethod):
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **named: Any) -> None:
         super().create_weights(layer, *args, **named)
-        for part in PARTS:
-            place = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        for part, dtype in PARTS.items():
+            place = torch.nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             place.weight_loader = self._keeper(part)
             layer.register_parameter(part, place)
 
@@ -183,15 +183,11 @@ def _joined(matrices: list[PackedMatrix]) -> PackedMatrix | None:
     apart = [each.outliers for each in matrices]
     joined = None
     if any(apart):
-        none = SparseRows.of(torch.empty(0), torch.empty(0), first.scales.new_empty(0), 0)
-        rows, starts, at = [], [torch.zeros(1, dtype=torch.int32)], 0
-        for each, own in zip(matrices, apart, strict=True):
-            kept = own or SparseRows(
-                torch.zeros(each.outputs + 1, dtype=torch.int32), none.columns, none.values, 0
-            )
-            starts.append(kept.starts[1:] + at)
-            at += len(kept.columns)
-            rows.append(kept)
+        rows = [own or _nothing(each) for own, each in zip(apart, matrices, strict=True)]
+        starts, at = [torch.zeros(1, dtype=torch.int32)], 0
+        for each in rows:
+            starts.append(each.starts[1:] + at)
+            at += len(each.columns)
         joined = SparseRows(
             torch.cat(starts),
             torch.cat([each.columns for each in rows]),
@@ -204,3 +200,9 @@ def _joined(matrices: list[PackedMatrix]) -> PackedMatrix | None:
         first.bits,
         joined,
     )
+
+
+def _nothing(matrix: PackedMatrix) -> SparseRows:
+    """No weights apart."""
+    none = torch.empty(0, dtype=torch.int64)
+    return SparseRows.of(none, none, torch.empty(0, dtype=torch.bfloat16), matrix.outputs)
