@@ -37,7 +37,7 @@ def plain_chats(plain_engine: Server) -> list[str]:
 
 
 def text_of(server: Server, prompt: str) -> str:
-    text: str = server.chat(prompt, max_tokens=48)["choices"][0]["message"]["content"]
+    text: str = server.chat(prompt, max_tokens=24)["choices"][0]["message"]["content"]
     return text
 
 
@@ -70,10 +70,10 @@ def test_vectors_equal_the_reference_alone_and_beside_chats_that_stay_the_same(
     flags = ("--embedding", json.dumps({"adapter": str(folder)}), "--speculation", '{"method": "hybrid"}')
     with galley_worker(OPTIONS, *flags) as server:
         alone = [server.embed(sentence)[0] for sentence in SENTENCES]
-        together = server.embed(SENTENCES * 4)
+        together = server.embed(SENTENCES * 2)
         with ThreadPoolExecutor(12) as pool:
             chats = [pool.submit(text_of, server, prompt) for prompt in PROMPTS[:4]]
-            mixed = [pool.submit(server.embed, sentence) for sentence in SENTENCES * 6]
+            mixed = [pool.submit(server.embed, sentence) for sentence in SENTENCES * 4]
             assert [chat.result() for chat in chats] == plain_chats
             beside = [vector.result()[0] for vector in mixed]
         for vectors in (alone, together, beside):
