@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +17,11 @@ from galley_kernels.quantized import cpu_gemm
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX") or "c++") is None, reason="no C++ compiler"
+)
 
 
 @pytest.fixture(autouse=True)
