@@ -62,6 +62,19 @@ def commit() -> str:
     return f"{git('rev-parse', 'HEAD')}{'+changes' if changed else ''}"
 
 
+def command(arguments: list[str]) -> str:
+    """How a program was called: of files outside of the checkout, whose places tell nobody anything, the names."""
+    return " ".join(["python", *map(_shown, arguments)])
+
+
+def _shown(argument: str) -> str:
+    path, root = Path(argument), Path(__file__).parents[1]
+    if not (path.is_absolute() or argument.startswith("..")):
+        return argument
+    whole = path.resolve()
+    return str(whole.relative_to(root)) if whole.is_relative_to(root) else path.name
+
+
 def quantile(values: list[float], share: float) -> float:
     """The smallest value that at least `share` of the values do not exceed."""
     ordered = sorted(values)
@@ -82,7 +95,7 @@ class Report:
             "benchmark": name,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": command(sys.argv),
             "arguments": arguments,
             "machine": machine(),
             "versions": versions(),

@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def library(source: Path) -> ctypes.CDLL | None:
+def load(source: Path) -> ctypes.CDLL | None:
     """The built file; None, with a warning in the log, where it cannot be built or loaded."""
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:

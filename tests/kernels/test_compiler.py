@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GALLEY_CACHE_DIR", str(tmp_path / "cache"))
-    compiler.library.cache_clear()
+    compiler.load.cache_clear()
     yield
-    compiler.library.cache_clear()
+    compiler.load.cache_clear()
 
 
 def source(folder: Path, body: str = "return 7;") -> Path:
@@ -39,20 +39,20 @@ def source(folder: Path, body: str = "return 7;") -> Path:
 
 
 def test_a_file_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = compiler.library(source(tmp_path))
+    built = compiler.load(source(tmp_path))
     assert built is not None
     assert built.seven() == 7
-    compiler.library.cache_clear()
+    compiler.load.cache_clear()
     monkeypatch.setattr(compiler, "_build", lambda *_: pytest.fail("built again"))
-    again = compiler.library(source(tmp_path))
+    again = compiler.load(source(tmp_path))
     assert again is not None
     assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 1
 
 
 def test_a_changed_file_is_built_anew(tmp_path: Path) -> None:
-    assert compiler.library(source(tmp_path)) is not None
-    compiler.library.cache_clear()
-    changed = compiler.library(source(tmp_path, "return 8;"))
+    assert compiler.load(source(tmp_path)) is not None
+    compiler.load.cache_clear()
+    changed = compiler.load(source(tmp_path, "return 8;"))
     assert changed is not None
     assert changed.seven() == 8
 
@@ -69,7 +69,7 @@ def test_without_a_build_there_is_a_warning(
     else:
         (tmp_path / "cache").write_text("a file where a folder should be")
     with caplog.at_level(logging.WARNING):
-        assert compiler.library(source(tmp_path, body)) is None
+        assert compiler.load(source(tmp_path, body)) is None
     assert "left to torch" in caplog.text
     if how == "an error":
         assert "seven_and_a_half" in caplog.text

@@ -31,7 +31,7 @@ def available() -> bool:
 
 @functools.cache
 def _library() -> Any:
-    found = compiler.library(Path(__file__).with_name("cpu_gemm.cpp"))
+    found = compiler.load(Path(__file__).with_name("cpu_gemm.cpp"))
     if found is not None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         matrix: list[Any] = [pointer, pointer, number, pointer, pointer, pointer, number]
