@@ -63,7 +63,7 @@ def commit() -> str:
 
 
 def command(arguments: list[str]) -> str:
-    """How a program was called: of files outside of the checkout, whose places tell nobody anything, the names."""
+    """How a program was called; files outside of the checkout, whose places tell nobody anything, by name."""
     return " ".join(["python", *map(_shown, arguments)])
 
 
