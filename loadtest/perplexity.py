@@ -30,7 +30,7 @@ def perplexity(server: Server, texts: Sequence[list[int]]) -> float:
     Args:
         texts: token ids, each at most as long as the server takes.
     """
-    likelihoods = [value for ids in texts for value in log_likelihoods(_prompt_logprobs(server, ids), ids)]
+    likelihoods = [value for ids in texts for value in log_likelihoods(prompt_logprobs(server, ids), ids)]
     return math.exp(-math.fsum(likelihoods) / len(likelihoods))
 
 
@@ -45,7 +45,8 @@ def log_likelihoods(rows: Sequence[dict[str, dict[str, Any]] | None], ids: Seque
     return [row[str(token)]["logprob"] for row, token in zip(rows, ids, strict=True) if row is not None]
 
 
-def _prompt_logprobs(server: Server, ids: list[int]) -> list[dict[str, dict[str, Any]] | None]:
+def prompt_logprobs(server: Server, ids: list[int]) -> list[dict[str, dict[str, Any]] | None]:
+    """For each token of a prompt what its log-probability was; None for the first."""
     body = {"model": NAME, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     answer = server.client.post("/v1/completions", json=body)
     answer.raise_for_status()

@@ -33,13 +33,18 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def load(source: Path) -> ctypes.CDLL | None:
-    """The built file; None, with a warning in the log, where it cannot be built or loaded."""
+def load(source: Path, *headers: Path) -> ctypes.CDLL | None:
+    """The built file; None, with a warning in the log, where it cannot be built or loaded.
+
+    Args:
+        headers: files that it includes; a change in one builds it anew.
+    """
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         logger.warning("no C++ compiler: %s is left to torch, which is slower", source.stem)
         return None
-    key = "\0".join((source.read_text(encoding="utf-8"), compiler, *FLAGS, _processor()))
+    text = (file.read_text(encoding="utf-8") for file in (source, *headers))
+    key = "\0".join((*text, compiler, *FLAGS, _processor()))
     built = cache_folder() / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         if not built.is_file():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from galley_plugins.embedding.options import EmbeddingOptions
+from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class PluginOptions:
         embed_step_tokens: the same while only embeddings run, whose clients wait for no single step; None is
             `step_tokens`.
         speculation: draft and verify; None is off.
+        quantization: what is quantized while loading, and how packed weights are computed with.
     """
 
     embedding: EmbeddingOptions | None = None
@@ -35,6 +37,7 @@ class PluginOptions:
     step_tokens: int | None = None
     embed_step_tokens: int | None = None
     speculation: SpeculationOptions | None = None
+    quantization: ServingOptions = field(default_factory=ServingOptions)
 
     @property
     def pools(self) -> bool:
@@ -42,7 +45,7 @@ class PluginOptions:
         return self.embedding is not None and not self.vllm_pools
 
     def to_additional_config(self) -> dict[str, Any]:
-        return {KEY: asdict(self)}
+        return {KEY: {**asdict(self), "quantization": self.quantization.to_values()}}
 
     @classmethod
     def from_vllm_config(cls, vllm_config: VllmConfig) -> PluginOptions:
@@ -58,8 +61,10 @@ class PluginOptions:
             raise ValueError(f"additional_config.{KEY}: unknown option {', '.join(unknown)}")
         values = dict(values)
         speculation, embedding = values.pop("speculation", None), values.pop("embedding", None)
+        quantization = values.pop("quantization", {})
         return cls(
             **values,
             embedding=None if embedding is None else EmbeddingOptions.from_values(embedding),
             speculation=None if speculation is None else SpeculationOptions.from_values(speculation),
+            quantization=ServingOptions.from_values(quantization),
         )

@@ -153,6 +153,21 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "makes the weight and its sharded loader",
         ),
     ),
+    "integer-decoder": (
+        (
+            "vllm.model_executor.models.llama",
+            "LlamaModel.forward",
+            "is asked for the layers, embeddings to norm",
+        ),
+        ("vllm.model_executor.models.llama", "LlamaDecoderLayer.forward", "what takes its place"),
+        (
+            "vllm.v1.attention.backends.cpu_attn",
+            "CPUAttentionBackendImpl.do_kv_cache_update",
+            "keys and values of a layer",
+        ),
+        ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.forward", "attention of a layer"),
+        ("vllm.forward_context", "get_forward_context", "what attention of a step needs"),
+    ),
     "preloading": (
         ("vllm.v1.engine.utils", "get_mp_context", "starts the engine core"),
         ("vllm.v1.executor.multiproc_executor", "get_mp_context", "starts the workers"),

@@ -142,6 +142,29 @@ class SpeculationConfig(_Frozen):
     swift: SwiftConfig = SwiftConfig()
 
 
+class QuantizationConfig(_Frozen):
+    """Weight-only quantization: while a model is loaded, and how packed weights are computed with."""
+
+    method: Literal["rtn", "finequant", "easyquant", "finequant+easyquant"] | None = Field(
+        None,
+        description="how matrices are quantized while loading; without one they stay",
+    )
+    bits: Literal[4, 8] = 4
+    group_size: int = Field(
+        0, ge=0, multiple_of=8, description="where the method does not choose; 0 is a channel"
+    )
+    group_sizes: tuple[int, ...] = (128, 64, 32)
+    shrink: float = Field(0.93, gt=0, le=1, description="what a smaller group must bring")
+    sigma: float = Field(3.0, gt=0, le=100, description="where outliers begin, in standard deviations")
+    steps: int = Field(100, ge=1)
+    learning_rate: float = Field(0.01, gt=0, le=1)
+    rules: dict[str, dict[str, Any] | None] = Field({}, description="other options for some, by pattern")
+    activations: Literal["integer", "float"] = Field("integer", description="on a CPU, beside packed weights")
+    output_bits: Literal[8] | None = Field(
+        8, description="of the output layer on a CPU, beside packed weights"
+    )
+
+
 def _flag_name(value: Any) -> Any:
     """Accept `max_model_len` and `max-model-len` alike as the name of an engine option."""
     if not isinstance(value, dict):
@@ -180,6 +203,7 @@ class ModelConfig(_Frozen):
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile")
     embedding: EmbeddingConfig = EmbeddingConfig()
     speculation: SpeculationConfig | None = Field(None, description="draft and verify; off without it")
+    quantization: QuantizationConfig = QuantizationConfig()
     engine: EngineOptions = Field({}, description="any option of `vllm serve`, by its flag name")
     env: dict[str, str] = Field({}, description="environment variables of the worker")
     urls: tuple[HttpUrl, ...] = Field((), description="workers that run already; galley starts none then")

@@ -30,6 +30,9 @@ def worker_command(model: ModelConfig, host: str, port: int) -> list[str]:
     if model.speculation is not None:
         chosen = model.speculation.model_dump(mode="json", exclude_unset=True)
         command += ["--speculation", json.dumps(chosen)]
+    quantization = model.quantization.model_dump(mode="json", exclude_unset=True)
+    if quantization:
+        command += ["--quantization", json.dumps(quantization)]
     if model.engine:
         command += ["--engine", json.dumps(model.engine)]
     return command

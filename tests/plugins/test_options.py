@@ -8,6 +8,7 @@ import pytest
 
 from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
+from galley_plugins.quantization.serving_options import ServingOptions
 
 
 def configured(additional: Any) -> SimpleNamespace:
@@ -21,6 +22,13 @@ def configured(additional: Any) -> SimpleNamespace:
         PluginOptions(),
         PluginOptions(embedding=EmbeddingOptions()),
         PluginOptions(embedding=EmbeddingOptions(method="token-prepending", exit_layer=5), step_tokens=48),
+        PluginOptions(quantization=ServingOptions(activations="float", output_bits=None)),
+        PluginOptions(
+            quantization=ServingOptions(
+                load={"method": "finequant", "bits": 4, "group_sizes": [64, 32]},
+                rules={"*.down_proj": {"bits": 8}, "*.layers.0.*": None},
+            )
+        ),
     ],
 )
 def test_options_survive_the_way_through_a_command_line(options: PluginOptions) -> None:

@@ -93,3 +93,29 @@ def test_gateway_and_worker_agree_on_the_defaults_of_speculation():
     from galley_plugins.speculation.options import SpeculationOptions
 
     assert SpeculationConfig().model_dump() == dataclasses.asdict(SpeculationOptions())
+
+
+def test_quantization_reaches_the_worker_as_it_was_configured():
+    from galley_plugins.quantization.plan import Plan
+    from galley_plugins.quantization.serving_options import ServingOptions
+    from galley_plugins.worker.spec import parse
+
+    plain = ModelConfig(name="m")
+    assert "--quantization" not in worker_command(plain, "127.0.0.1", 4321)
+    assert parse(worker_command(plain, "127.0.0.1", 4321)[3:]).quantization == ServingOptions()
+    rules = {"*.down_proj": {"bits": 8}, "*.layers.0.*": None}
+    model = ModelConfig(
+        name="m", quantization={"method": "finequant", "bits": 4, "rules": rules, "activations": "float"}
+    )
+    found = parse(worker_command(model, "127.0.0.1", 4321)[3:]).quantization
+    assert found.activations == "float"
+    assert found.plan() == Plan.from_values({"method": "finequant", "bits": 4}, list(rules.items()))
+
+
+def test_gateway_and_worker_agree_on_the_defaults_of_quantization():
+    from galley.config import QuantizationConfig
+    from galley_plugins.quantization.options import QuantizationOptions
+    from galley_plugins.quantization.serving_options import ServingOptions
+
+    method = {**QuantizationOptions().to_values(), "group_sizes": (128, 64, 32), "method": None}
+    assert QuantizationConfig().model_dump() == {**method, **ServingOptions().to_values()}

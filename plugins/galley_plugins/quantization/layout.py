@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from galley_kernels import PackedMatrix, SparseRows, pack_codes
+from galley_plugins.quantization.options import SERVED_AS
 from galley_plugins.quantization.source import CheckpointError, Source
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from galley_plugins.quantization.matrix import QuantizedMatrix
 
 FORMAT_VERSION = 1
-METHOD, COMPRESSED_TENSORS = "galley", "compressed-tensors"
+METHOD, COMPRESSED_TENSORS = SERVED_AS, "compressed-tensors"
 PARTS = {
     "weight_packed": torch.int32,
     "weight_scale": torch.bfloat16,
@@ -43,24 +44,32 @@ PARTS = {
 }
 
 
+def packed(matrix: QuantizedMatrix) -> PackedMatrix:
+    """A matrix as kernels read it."""
+    apart = matrix.outliers
+    rows = None
+    if apart is not None:
+        rows = SparseRows.of(apart.rows, apart.columns, apart.values, len(matrix.codes))
+    return PackedMatrix(pack_codes(matrix.codes, matrix.bits), matrix.scales, matrix.bits, rows)
+
+
 def tensors_of(name: str, matrix: QuantizedMatrix) -> dict[str, torch.Tensor]:
     """A matrix as a checkpoint holds it."""
-    made = {
-        f"{name}.weight_packed": pack_codes(matrix.codes, matrix.bits),
-        f"{name}.weight_scale": matrix.scales,
-        f"{name}.weight_shape": torch.tensor(matrix.codes.shape),
+    made = packed(matrix)
+    tensors = {
+        f"{name}.weight_packed": made.words,
+        f"{name}.weight_scale": made.scales,
+        f"{name}.weight_shape": torch.tensor(made.shape),
     }
-    if matrix.outliers is not None:
-        apart = matrix.outliers
-        rows = SparseRows.of(apart.rows, apart.columns, apart.values, len(matrix.codes))
-        made[f"{name}.outlier_starts"] = rows.starts
-        made[f"{name}.outlier_columns"] = rows.columns
-        made[f"{name}.outlier_values"] = rows.values
-    return made
+    if made.outliers is not None:
+        tensors[f"{name}.outlier_starts"] = made.outliers.starts
+        tensors[f"{name}.outlier_columns"] = made.outliers.columns
+        tensors[f"{name}.outlier_values"] = made.outliers.values
+    return tensors
 
 
 def matrix_of(name: str, bits: int | None, tensor: Callable[[str], torch.Tensor | None]) -> PackedMatrix:
-    """A matrix as kernels read it.
+    """A matrix out of a checkpoint.
 
     Args:
         bits: of a code; None is what the sizes say.

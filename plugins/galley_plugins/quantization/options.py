@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+SERVED_AS = "galley"
+"""Name of the method in vLLM, and in checkpoints that only Galley reads."""
+
 METHODS = ("rtn", "finequant", "easyquant", "finequant+easyquant")
 CHANNEL = 0
 """A group size: one group for each output channel, all of the input dimension."""

@@ -22,11 +22,24 @@ if TYPE_CHECKING:
 class GalleyCPUWorker(ReportingWorker, CPUWorker):
     """vLLM's CPU worker around a runner with Galley's mixins, V1 or V2."""
 
+    _integer_layers = 0
+
     def init_device(self) -> None:
         vllm_compat.check("worker-cpu")
         options = PluginOptions.from_vllm_config(self.vllm_config)
         with _runner_class(options, v2=self.use_v2_model_runner):
             super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_model(*args, **kwargs)
+        if self.vllm_config.quant_config is not None:
+            from galley_plugins.quantization import decoder
+
+            self._integer_layers = decoder.install(self.model_runner.model)
+        return loaded
+
+    def galley_report(self) -> dict[str, Any]:
+        return {**super().galley_report(), "integer_layers": self._integer_layers}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,27 @@ class LayerTaps:
             if reads and len(step.read):
                 self._rows = torch.stack([state[step.read] for state in states]).sum(0)
 
-        return before
+        return LayerHook(before, lambda: self._step is None)
+
+
+class LayerHook:
+    """A hook that says when it has nothing to do, so that layers which run otherwise know when they may."""
+
+    def __init__(self, hook: Callable[..., None], idle: Callable[[], bool]) -> None:
+        self._hook = hook
+        self.idle = idle
+
+    def __call__(self, *args: Any, **named: Any) -> None:
+        self._hook(*args, **named)
+
+
+def looked_into(modules: Iterable[Any]) -> bool:
+    """Whether a hook of one of the modules has something to do in this step, as far as it says."""
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            if hooks and not all(isinstance(hook, LayerHook) and hook.idle() for hook in hooks.values()):
+                return True
+    return False
 
 
 def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from galley_plugins.embedding.options import WHOLE_PROMPT
 from galley_plugins.models import engine_options
+from galley_plugins.quantization.options import SERVED_AS
 from galley_plugins.worker.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         **_task_options(spec),
         **(_cpu_options(spec) if device == "cpu" else {}),
         **_speculation_options(spec, device),
+        **({} if spec.quantization.load is None else {"quantization": SERVED_AS}),
         **engine_options(spec.weights, device),
     }
     passed = dict(spec.engine)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
+from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 
 TASKS = ("generate", "embed")
@@ -26,6 +27,7 @@ class WorkerSpec:
         embedding: how texts become vectors.
         compile: torch.compile on, off, or what suits the device.
         speculation: draft and verify; None is off.
+        quantization: what is quantized while loading, and how packed weights are computed with.
     """
 
     weights: str
@@ -37,6 +39,7 @@ class WorkerSpec:
     embedding: EmbeddingOptions = field(default_factory=EmbeddingOptions)
     compile: Literal["auto", "on", "off"] = "auto"
     speculation: SpeculationOptions | None = None
+    quantization: ServingOptions = field(default_factory=ServingOptions)
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -57,6 +60,7 @@ class WorkerSpec:
             generate="generate" in self.tasks,
             step_tokens=step_tokens,
             speculation=self.speculation,
+            quantization=self.quantization,
         )
 
 
@@ -84,6 +88,12 @@ def parse(arguments: list[str] | None = None) -> WorkerSpec:
     parser.add_argument(
         "--speculation", type=json.loads, help="options of draft-verify speculation, as a JSON object"
     )
+    parser.add_argument(
+        "--quantization",
+        type=json.loads,
+        default={},
+        help="what is quantized while loading, and how packed weights are computed with, as a JSON object",
+    )
     values = vars(parser.parse_args(arguments))
     tasks = frozenset(values.pop("tasks").split(","))
     if not tasks or not tasks <= set(TASKS):
@@ -94,6 +104,12 @@ def parse(arguments: list[str] | None = None) -> WorkerSpec:
         values["embedding"] = EmbeddingOptions.from_values(values["embedding"])
     except (ValueError, TypeError) as error:
         parser.error(f"--embedding: {error}")
+    if not isinstance(values["quantization"], dict):
+        parser.error("--quantization: expected a JSON object")
+    try:
+        values["quantization"] = ServingOptions.from_values(values["quantization"])
+    except (ValueError, TypeError) as error:
+        parser.error(f"--quantization: {error}")
     if values["speculation"] is not None:
         if not isinstance(values["speculation"], dict):
             parser.error("--speculation: expected a JSON object")

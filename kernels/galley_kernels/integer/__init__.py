@@ -1,0 +1,11 @@
+"""Products of 4- and 8-bit weights with activations that are integers too, and decoder layers made of them.
+
+Activations become integers by blocks of 32 inputs, each with its own scale: of 8 bits beside 4-bit weights
+(what is called W4A8; llama.cpp's Q8 blocks are alike), of 16 bits beside 8-bit weights, at the same cost.
+"""
+
+from galley_kernels.integer.decoder import DecoderLayer, IntegerDecoder, Step
+from galley_kernels.integer.interleaved import InterleavedMatrix, available
+from galley_kernels.integer.linear import IntegerLinear
+
+__all__ = ["DecoderLayer", "IntegerDecoder", "IntegerLinear", "InterleavedMatrix", "Step", "available"]

@@ -1,0 +1,182 @@
+"""Decoder layers of integer maps, each in one call from its attention to the next layer's (decoder.cpp).
+
+Of Llama's kind: root-mean-square norms before attention and before a gated SiLU, rotary positions over the
+first dimensions of a head, a dimension paired with the one half of them behind it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from galley_kernels.integer.interleaved import TYPES, library
+from galley_kernels.integer.linear import IntegerLinear, Linear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLayer:
+    """
+    Attributes:
+        input_norm, attention_norm: floating [hidden].
+        qkv: to queries, keys and values of all heads.
+        output: of attention.
+        gate_up: to gates, then to what they gate.
+    """
+
+    input_norm: torch.Tensor
+    attention_norm: torch.Tensor
+    qkv: IntegerLinear
+    output: IntegerLinear
+    gate_up: IntegerLinear
+    down: IntegerLinear
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("input_norm", ctypes.c_void_p),
+        ("attention_norm", ctypes.c_void_p),
+        *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        ("final_norm", ctypes.c_void_p),
+        ("rotations", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("hidden", "intermediate", "query_heads", "key_heads", "head", "rotary")
+        ),
+        ("epsilon", ctypes.c_double),
+        ("threads", ctypes.c_int32),
+        ("is_float", ctypes.c_int32),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("positions", "residual", "qkv", "attention", "result")),
+    ]
+
+
+class Step:
+    """One forward pass.
+
+    Args:
+        positions: int64 [rows].
+        embeddings: floating [rows, hidden].
+
+    Attributes:
+        qkv: [rows, query heads + 2 key heads, head]: of the layer whose attention is next.
+        attention: [rows, query heads, head], to be filled with it.
+        result: [rows, hidden], normed, after the last layer.
+    """
+
+    def __init__(self, decoder: IntegerDecoder, positions: torch.Tensor, embeddings: torch.Tensor) -> None:
+        rows, dtype = len(positions), decoder.dtype
+        self.residual = embeddings.to(torch.float32, copy=True)
+        self.positions = positions.contiguous()
+        self.qkv = torch.empty(rows, decoder.query_heads + 2 * decoder.key_heads, decoder.head, dtype=dtype)
+        self.attention = torch.empty(rows, decoder.query_heads, decoder.head, dtype=dtype)
+        self.result = torch.empty(rows, decoder.hidden, dtype=dtype)
+        self._structure = _Step(
+            rows,
+            *(
+                tensor.data_ptr()
+                for tensor in (self.positions, self.residual, self.qkv, self.attention, self.result)
+            ),
+        )
+        self.address = ctypes.addressof(self._structure)
+
+
+class IntegerDecoder:
+    """
+    Args:
+        final_norm: floating [hidden].
+        rotations: floating [positions, rotary]: cosines of each position's angles, then sines.
+        epsilon: that norms add to the mean square.
+        dtype: float32 or bfloat16, of queries, keys, values, attention and result; all else is float32.
+
+    Raises:
+        ValueError: sizes do not fit, or there is no such type.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DecoderLayer],
+        final_norm: torch.Tensor,
+        rotations: torch.Tensor,
+        *,
+        query_heads: int,
+        key_heads: int,
+        head: int,
+        epsilon: float,
+        dtype: torch.dtype,
+    ) -> None:
+        if dtype not in TYPES:
+            raise ValueError(f"found {dtype}, expected float32 or bfloat16")
+        self.hidden, self.dtype = len(final_norm), dtype
+        self.query_heads, self.key_heads, self.head = query_heads, key_heads, head
+        intermediate, rotary = layers[0].down.inputs, rotations.shape[1]
+        expected = {
+            "qkv": (self.hidden, (query_heads + 2 * key_heads) * head),
+            "output": (query_heads * head, self.hidden),
+            "gate_up": (self.hidden, 2 * intermediate),
+            "down": (intermediate, self.hidden),
+        }
+        for place, layer in enumerate(layers):
+            for name, sizes in expected.items():
+                found = getattr(layer, name)
+                if (found.inputs, found.outputs) != sizes:
+                    raise ValueError(
+                        f"layer {place}, {name}: found {found.inputs} inputs and {found.outputs} outputs, "
+                        f"expected {sizes[0]} and {sizes[1]}"
+                    )
+        if rotary % 2 or rotary > head or self.hidden % 8 or intermediate % 8:
+            raise ValueError(f"found rotary {rotary}, head {head}, hidden {self.hidden}: they do not fit")
+        self.rotary_positions = len(rotations)
+        self._layers = tuple(layers)
+        self._kept = [final_norm.float().contiguous(), rotations.float().contiguous()]
+        self._structures = (_Layer * len(layers))()
+        for layer, structure in zip(layers, self._structures, strict=True):
+            norms = [norm.float().contiguous() for norm in (layer.input_norm, layer.attention_norm)]
+            self._kept += norms
+            structure.input_norm, structure.attention_norm = (norm.data_ptr() for norm in norms)
+            for name in expected:
+                setattr(structure, name, getattr(layer, name).structure)
+        self._decoder = _Decoder(
+            self._kept[0].data_ptr(),
+            self._kept[1].data_ptr(),
+            self.hidden,
+            intermediate,
+            query_heads,
+            key_heads,
+            head,
+            rotary,
+            epsilon,
+            torch.get_num_threads(),
+            dtype == torch.float32,
+        )
+        self._address = ctypes.addressof(self._decoder)
+        self._places = [ctypes.addressof(structure) for structure in self._structures]
+        self._next = [*self._places[1:], None]
+        code = library()
+        self._begin, self._follow = code.galley_decoder_begin, code.galley_decoder_follow
+
+    def begin(self, positions: torch.Tensor, embeddings: torch.Tensor) -> Step:
+        """Up to the first layer's queries, keys and values."""
+        self._decoder.threads = torch.get_num_threads()
+        step = Step(self, positions, embeddings)
+        self._begin(self._address, self._places[0], step.address)
+        return step
+
+    def follow(self, layer: int, step: Step) -> None:
+        """From a layer's attention to the next layer's queries, keys and values, or to the result."""
+        self._follow(self._address, self._places[layer], self._next[layer], step.address)

@@ -1,0 +1,113 @@
+"""Linear maps whose weights and activations are integers."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+
+from galley_kernels.integer.interleaved import BLOCK, TYPES, InterleavedMatrix, Matrix, library
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from galley_kernels.quantized.packed import PackedMatrix
+
+ACTIVATION_BITS = {4: 8, 8: 16}
+"""Of an activation, by those of the weights beside it."""
+
+
+class Linear(ctypes.Structure):
+    """As in decoder.cpp."""
+
+    _fields_ = [
+        ("parts", ctypes.POINTER(Matrix)),
+        *((name, ctypes.c_int64) for name in ("count", "inputs", "outputs")),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class IntegerLinear:
+    """Matrices of the same inputs side by side, as a layer fuses them.
+
+    Args:
+        matrices: each [output, input]; bits and groups may differ.
+
+    Raises:
+        ValueError: a matrix does not suit, or inputs differ.
+    """
+
+    def __init__(self, matrices: Sequence[PackedMatrix]) -> None:
+        inputs = sorted({matrix.inputs for matrix in matrices})
+        if len(inputs) != 1:
+            raise ValueError(f"found matrices of {inputs} inputs, expected the same for all")
+        self.parts = tuple(InterleavedMatrix.of(matrix) for matrix in matrices)
+        self.inputs = inputs[0]
+        self.outputs = sum(part.outputs for part in self.parts)
+        self.bias: torch.Tensor | None = None
+        firsts = [sum(part.outputs for part in self.parts[:place]) for place in range(len(self.parts))]
+        self._array = (Matrix * len(self.parts))(
+            *(part.structure(first) for part, first in zip(self.parts, firsts, strict=True))
+        )
+        self.structure = Linear(self._array, len(self.parts), self.inputs, self.outputs, None)
+        self._address = ctypes.addressof(self.structure)
+
+    def add_bias(self, bias: torch.Tensor) -> None:
+        """
+        Args:
+            bias: floating [outputs of all].
+        """
+        self.bias = bias.detach().float().contiguous()
+        self.structure.bias = self.bias.data_ptr()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., output] in the activations' type, of float32 or bfloat16 [..., input].
+
+        A row's result does not depend on the rows beside it.
+
+        Raises:
+            ValueError: activations are of another type or width.
+        """
+        if x.dtype not in TYPES or x.shape[-1] != self.inputs:
+            raise ValueError(
+                f"found activations {x.dtype} {list(x.shape)}, expected float32 or bfloat16 "
+                f"[..., {self.inputs}]"
+            )
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], self.outputs, dtype=x.dtype)
+        library().galley_integer_linear(
+            self._address,
+            x.data_ptr(),
+            out.data_ptr(),
+            x.numel() // self.inputs,
+            x.dtype == torch.float32,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """float64 [..., input]: what activations stand for once they are integers of `bits` bits.
+
+    Each block of 32 inputs has the scale that its largest magnitude asks for.
+    """
+    blocks = x.double().unflatten(-1, (-1, BLOCK))
+    scales = blocks.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    whole = torch.where(scales > 0, blocks / scales, 0.0).round()
+    return (whole * scales).flatten(-2)
+
+
+def exact(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
+    """float64 [..., output]: the product that `IntegerLinear` computes, rounding apart.
+
+    Weights apart are multiplied with activations as they are.
+    """
+    apart = matrix.outliers
+    bare = type(matrix)(matrix.words, matrix.scales, matrix.bits)
+    found = rounded(x, ACTIVATION_BITS[matrix.bits]) @ bare.dequantize(torch.float64).T
+    if apart is not None:
+        weights = torch.zeros(matrix.shape, dtype=torch.float64)
+        weights.index_put_((apart.rows(), apart.columns.long()), apart.values.double(), accumulate=True)
+        found += x.double() @ weights.T
+    return found

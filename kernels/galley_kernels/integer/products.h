@@ -1,0 +1,348 @@
+// Products of 4- and 8-bit weights with activations that are integers too.
+//
+// Eight neighbouring outputs are a panel. Activations become integers by blocks of 32, each with a scale of its
+// own: 8 bits beside 4-bit weights, 16 bits beside 8-bit ones, so that a block's sum of products is exact. Sums of
+// blocks are floats, added in the order of the inputs however many rows there are: a row's result does not depend
+// on its neighbours. Layouts are those of interleaved.py.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define GALLEY_AVX2 1
+#endif
+
+namespace galley {
+
+constexpr int64_t BLOCK = 32, PANEL = 8, TILE = 4;
+
+inline float wide(const void* data, int is_float, int64_t at) {
+    if (is_float) return static_cast<const float*>(data)[at];
+    uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// A weight apart: an input and what it adds to its product.
+struct Apart {
+    int32_t column;
+    float value;
+};
+
+// Outputs `first` and up of a map; `starts` is null where no weights are apart.
+struct Matrix {
+    const uint8_t* codes;
+    const void* scales;     // [panels][groups][8]
+    const int32_t* starts;  // [outputs + 1]
+    const Apart* apart;
+    int64_t first, outputs, inputs, groups;
+    int32_t bits, scales_wide;
+};
+
+// Rows of activations as integers by blocks, and as they are.
+struct Activations {
+    float* x;        // [rows][inputs]
+    float* tiles;    // [tiles][inputs][rows of the tile], beside weights apart
+    int8_t* bytes;   // [rows][inputs], beside 4-bit weights
+    int16_t* words;  // [rows][inputs], beside 8-bit weights
+    float* byte_scales;
+    float* word_scales;  // [rows][blocks]
+    int32_t* offsets;    // [rows][blocks]: what the 8 that is added to a 4-bit code adds to a block's sum
+};
+
+// What a map's matrices need of activations.
+struct Needs {
+    bool bytes, words, tiles;
+};
+
+inline float largest(const float* x) {
+#ifdef GALLEY_AVX2
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 most = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
+    for (int i = 8; i < BLOCK; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+#else
+    float most = 0;
+    for (int i = 0; i < BLOCK; ++i) most = std::max(most, std::fabs(x[i]));
+    return most;
+#endif
+}
+
+// 32 numbers times `by`, rounded to the nearest integer.
+template <typename Integer>
+inline int32_t round_block(const float* x, float by, Integer* made) {
+    int32_t sum = 0;
+#ifdef GALLEY_AVX2
+    const __m256 factor = _mm256_set1_ps(by);
+    __m256i some[4];
+    for (int i = 0; i < 4; ++i) some[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), factor));
+    if (sizeof(Integer) == 1) {
+        const __m256i total = _mm256_add_epi32(_mm256_add_epi32(some[0], some[1]), _mm256_add_epi32(some[2], some[3]));
+        __m128i half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+        sum = _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+        const __m256i packed =
+            _mm256_packs_epi16(_mm256_packs_epi32(some[0], some[1]), _mm256_packs_epi32(some[2], some[3]));
+        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(made), _mm256_permutevar8x32_epi32(packed, order));
+    } else {
+        for (int i = 0; i < 2; ++i)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(made) + i,
+                                _mm256_permute4x64_epi64(_mm256_packs_epi32(some[2 * i], some[2 * i + 1]), 0xd8));
+    }
+#else
+    for (int i = 0; i < BLOCK; ++i) {
+        made[i] = static_cast<Integer>(std::nearbyint(x[i] * by));
+        sum += made[i];
+    }
+#endif
+    return sum;
+}
+
+// What is needed of a row, one of `rows`; blocks of zeros, or too small for a scale, become zeros.
+inline void round_row(const Activations& to, int64_t row, int64_t rows, int64_t inputs, Needs needs) {
+    const float* x = to.x + row * inputs;
+    for (int64_t block = 0; block < inputs / BLOCK; ++block) {
+        const float most = largest(x + block * BLOCK);
+        const int64_t at = row * (inputs / BLOCK) + block, from = row * inputs + block * BLOCK;
+        const bool some = most > 1e-30f;
+        if (needs.bytes) {
+            to.byte_scales[at] = most / 127;
+            to.offsets[at] = 8 * round_block(x + block * BLOCK, some ? 127 / most : 0, to.bytes + from);
+        }
+        if (needs.words) {
+            to.word_scales[at] = most / 32767;
+            round_block(x + block * BLOCK, some ? 32767 / most : 0, to.words + from);
+        }
+    }
+    if (needs.tiles) {
+        const int64_t first = row / TILE * TILE, width = std::min(TILE, rows - first);
+        float* tile = to.tiles + first * inputs + row - first;
+        for (int64_t i = 0; i < inputs; ++i) tile[i * width] = x[i];
+    }
+}
+
+#ifdef GALLEY_AVX2
+
+inline __m256 eight_scales(const Matrix& matrix, int64_t at) {
+    if (matrix.scales_wide) return _mm256_loadu_ps(static_cast<const float*>(matrix.scales) + at);
+    const __m128i half = _mm_loadu_si128(
+        reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(matrix.scales) + at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+
+// Four bytes of an activation for each of eight outputs.
+inline __m256i spread_four(const void* from) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return _mm256_set1_epi32(four);
+}
+
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define GALLEY_VNNI 1
+inline __m256i add_products(__m256i sum, __m256i codes, __m256i bytes) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sum, codes, bytes);
+#else
+    return _mm256_dpbusd_avx_epi32(sum, codes, bytes);
+#endif
+}
+#endif
+
+// A block's sums of products, as integers of 32 bits: of PANELS panels, whose codes are `apart` bytes apart.
+template <int BITS, int ROWS, int PANELS>
+inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
+                       int64_t from, __m256i (*sum)[ROWS]) {
+    for (int p = 0; p < PANELS; ++p)
+        for (int r = 0; r < ROWS; ++r) sum[p][r] = _mm256_setzero_si256();
+    if (BITS == 4) {
+        const __m256i low = _mm256_set1_epi8(15);
+        const int8_t* x = rows.bytes + row * inputs + from;
+#pragma GCC unroll 1  // else products are all made first, and spilled
+        for (int step = 0; step < BLOCK / 8; ++step) {
+            __m256i one[PANELS], two[PANELS];
+            for (int p = 0; p < PANELS; ++p) {
+                const __m256i both =
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + p * apart) + step);
+                one[p] = _mm256_and_si256(both, low);
+                two[p] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            }
+            for (int r = 0; r < ROWS; ++r) {
+                const __m256i left = spread_four(x + r * inputs + 8 * step);
+                const __m256i right = spread_four(x + r * inputs + 8 * step + 4);
+                for (int p = 0; p < PANELS; ++p) {
+#ifdef GALLEY_VNNI
+                    sum[p][r] = add_products(add_products(sum[p][r], one[p], left), two[p], right);
+#else
+                    // A pair is at most 2 * 15 * 127, so that eight of them fit 16 bits.
+                    sum[p][r] = _mm256_add_epi16(sum[p][r], _mm256_maddubs_epi16(one[p], left));
+                    sum[p][r] = _mm256_add_epi16(sum[p][r], _mm256_maddubs_epi16(two[p], right));
+#endif
+                }
+            }
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            const __m256i offset = _mm256_set1_epi32(rows.offsets[(row + r) * (inputs / BLOCK) + from / BLOCK]);
+            for (int p = 0; p < PANELS; ++p) {
+#ifndef GALLEY_VNNI
+                sum[p][r] = _mm256_madd_epi16(sum[p][r], _mm256_set1_epi16(1));
+#endif
+                sum[p][r] = _mm256_sub_epi32(sum[p][r], offset);
+            }
+        }
+    } else {
+        const int16_t* x = rows.words + row * inputs + from;
+#pragma GCC unroll 2
+        for (int step = 0; step < BLOCK / 2; ++step) {
+            __m256i some[PANELS];
+            for (int p = 0; p < PANELS; ++p)
+                some[p] = _mm256_cvtepi8_epi16(
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + p * apart) + step));
+            for (int r = 0; r < ROWS; ++r) {
+                const __m256i two = spread_four(x + r * inputs + 2 * step);
+                for (int p = 0; p < PANELS; ++p)
+                    sum[p][r] = _mm256_add_epi32(sum[p][r], _mm256_madd_epi16(some[p], two));
+            }
+        }
+    }
+}
+
+// Sums [PANELS][ROWS][8] of neighbouring panels.
+template <int BITS, int ROWS, int PANELS>
+inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
+    const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
+    const int64_t apart = PANEL * inputs * BITS / 8;
+    const uint8_t* codes = matrix.codes + panel * apart;
+    const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * blocks;
+    __m256 total[PANELS][ROWS];
+    for (int p = 0; p < PANELS; ++p)
+        for (int r = 0; r < ROWS; ++r) total[p][r] = _mm256_setzero_ps();
+    for (int64_t group = 0; group < groups; ++group) {
+        __m256 part[PANELS][ROWS];
+        for (int p = 0; p < PANELS; ++p)
+            for (int r = 0; r < ROWS; ++r) part[p][r] = _mm256_setzero_ps();
+        for (int64_t block = group * each; block < (group + 1) * each; ++block) {
+            if (!row)  // rows to come need none of this from memory, but the next panels do
+                for (int64_t line = 0; line < PANELS * PANEL * BLOCK * BITS / 8; line += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * apart +
+                                     block * PANELS * PANEL * BLOCK * BITS / 8 + line,
+                                 _MM_HINT_T1);
+            __m256i sum[PANELS][ROWS];
+            block_sums<BITS, ROWS, PANELS>(codes + block * PANEL * BLOCK * BITS / 8, apart, rows, row, inputs,
+                                           block * BLOCK, sum);
+            for (int r = 0; r < ROWS; ++r) {
+                const __m256 scale = _mm256_set1_ps(scales[r * blocks + block]);
+                for (int p = 0; p < PANELS; ++p)
+                    part[p][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[p][r]), scale, part[p][r]);
+            }
+        }
+        for (int p = 0; p < PANELS; ++p) {
+            const __m256 scale = eight_scales(matrix, ((panel + p) * groups + group) * PANEL);
+            for (int r = 0; r < ROWS; ++r) total[p][r] = _mm256_fmadd_ps(scale, part[p][r], total[p][r]);
+        }
+    }
+    for (int p = 0; p < PANELS; ++p)
+        for (int r = 0; r < ROWS; ++r) _mm256_storeu_ps(found + (p * ROWS + r) * PANEL, total[p][r]);
+}
+
+#else
+
+template <int BITS, int ROWS, int PANELS>
+inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
+    const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
+    for (int64_t place = 0; place < PANELS * ROWS * PANEL; ++place) {
+        const int64_t from = panel + place / (ROWS * PANEL), r = row + place / PANEL % ROWS, out = place % PANEL;
+        const uint8_t* codes = matrix.codes + from * PANEL * inputs * BITS / 8;
+        float total = 0;
+        for (int64_t group = 0; group < groups; ++group) {
+            float part = 0;
+            for (int64_t block = group * each; block < (group + 1) * each; ++block) {
+                const int64_t at = r * blocks + block;
+                int32_t sum = BITS == 4 ? -rows.offsets[at] : 0;
+                for (int64_t k = block * BLOCK; k < (block + 1) * BLOCK; ++k) {
+                    if (BITS == 4) {
+                        const uint8_t both = codes[k / 8 * PANEL * 4 + out * 4 + k % 4];
+                        sum += (k % 8 < 4 ? both & 15 : both >> 4) * rows.bytes[r * inputs + k];
+                    } else {
+                        sum += static_cast<int8_t>(codes[k / 2 * PANEL * 2 + out * 2 + k % 2]) *
+                               rows.words[r * inputs + k];
+                    }
+                }
+                const float scale = BITS == 4 ? rows.byte_scales[at] : rows.word_scales[at];
+                part = std::fma(static_cast<float>(sum), scale, part);
+            }
+            const float scale = wide(matrix.scales, matrix.scales_wide, (from * groups + group) * PANEL + out);
+            total = std::fma(scale, part, total);
+        }
+        found[place] = total;
+    }
+}
+
+#endif
+
+// What weights apart add to a panel, in the order of their inputs.
+template <int ROWS>
+inline void add_apart(const Matrix& matrix, int64_t first, int64_t count, const Activations& rows, int64_t row,
+                      float* found) {
+    const float* tile = rows.tiles + row * matrix.inputs;
+    for (int64_t output = 0; output < count; ++output) {
+        float added[ROWS] = {};
+        for (int32_t at = matrix.starts[first + output]; at < matrix.starts[first + output + 1]; ++at) {
+            const Apart apart = matrix.apart[at];
+            const float* x = tile + apart.column * static_cast<int64_t>(ROWS);
+            for (int r = 0; r < ROWS; ++r) added[r] = std::fma(apart.value, x[r], added[r]);
+        }
+        for (int r = 0; r < ROWS; ++r) found[r * PANEL + output] += added[r];
+    }
+}
+
+template <int BITS, int ROWS, int PANELS>
+inline void some_rows(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* out,
+                      int64_t stride) {
+    float found[PANELS * ROWS * PANEL];
+    panel_sums<BITS, ROWS, PANELS>(matrix, panel, rows, row, found);
+    for (int p = 0; p < PANELS; ++p) {
+        const int64_t first = (panel + p) * PANEL, count = std::min(PANEL, matrix.outputs - first);
+        float* own = found + p * ROWS * PANEL;
+        if (matrix.starts) add_apart<ROWS>(matrix, first, count, rows, row, own);
+        for (int r = 0; r < ROWS; ++r)
+            std::memcpy(out + (row + r) * stride + matrix.first + first, own + r * PANEL, count * sizeof(float));
+    }
+}
+
+template <int BITS, int PANELS>
+inline void all_rows(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, float* out,
+                     int64_t stride) {
+    for (int64_t row = 0; row < rows; row += TILE) {
+        auto some = rows - row >= 4   ? some_rows<BITS, 4, PANELS>
+                    : rows - row == 3 ? some_rows<BITS, 3, PANELS>
+                    : rows - row == 2 ? some_rows<BITS, 2, PANELS>
+                                      : some_rows<BITS, 1, PANELS>;
+        some(matrix, panel, from, row, out, stride);
+    }
+}
+
+// float32 out [rows][stride]; called by all threads of a parallel region, and waits for none of them at its end.
+template <int BITS>
+inline void product(const Matrix& matrix, const Activations& from, int64_t rows, float* out, int64_t stride) {
+    const int64_t panels = (matrix.outputs + PANEL - 1) / PANEL;
+    constexpr int TOGETHER = BITS == 4 ? 2 : 1;  // what registers hold
+#pragma omp for schedule(static) nowait
+    for (int64_t panel = 0; panel < panels; panel += TOGETHER)
+        (panels - panel < TOGETHER ? all_rows<BITS, 1> : all_rows<BITS, TOGETHER>)(matrix, panel, from, rows, out,
+                                                                                  stride);
+}
+
+inline void product(const Matrix& matrix, const Activations& from, int64_t rows, float* out, int64_t stride) {
+    (matrix.bits == 4 ? product<4> : product<8>)(matrix, from, rows, out, stride);
+}
+
+}  // namespace galley

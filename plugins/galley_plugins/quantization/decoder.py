@@ -1,0 +1,134 @@
+"""A model's packed layers run as one decoder of integer maps on a CPU, around vLLM's own attention.
+
+vLLM runs a layer as some twenty operations, each called from Python; with 4-bit weights, those calls take
+longer than the products. Here a layer is three: keys and values into the cache, attention, and the rest
+(`galley_kernels.integer`). Steps that something looks into between layers run as vLLM runs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from galley_kernels.integer import DecoderLayer, IntegerDecoder
+from galley_plugins import vllm_compat
+from galley_plugins.runners.layer_taps import looked_into
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+logger = init_logger("vllm.galley.quantization.decoder")
+
+
+def install(model: Any) -> int:
+    """Where all of its decoder layers are what `IntegerDecoder` computes, run them so; how many that are.
+
+    Args:
+        model: vLLM's, with its weights.
+    """
+    vllm_compat.check("integer-decoder")
+    inner: Any = getattr(model, "model", None)
+    if type(inner) is not LlamaModel or not all(_suits(layer) for layer in inner.layers):
+        return 0
+    inner.forward = DecoderForward(inner)
+    logger.info("%d layers run as integer maps", len(inner.layers))
+    return len(inner.layers)
+
+
+def _suits(layer: Any) -> bool:
+    if type(layer) is not LlamaDecoderLayer or type(layer.self_attn) is not LlamaAttention:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    rope = attention.rotary_emb
+    return (
+        type(mlp) is LlamaMLP
+        and all(_integer(module) for module in _maps(layer))
+        and isinstance(rope, RotaryEmbedding)
+        and type(rope).forward_cpu is RotaryEmbedding.forward_cpu
+        and bool(rope.is_neox_style)
+        and isinstance(attention.attn.impl, CPUAttentionBackendImpl)
+        and attention.attn.kv_sharing_target_layer_name is None
+        and attention.attn.query_quant is None
+        and layer.input_layernorm.variance_size_override is None
+    )
+
+
+def _maps(layer: Any) -> tuple[Any, Any, Any, Any]:
+    return (
+        layer.self_attn.qkv_proj,
+        layer.self_attn.o_proj,
+        layer.mlp.gate_up_proj,
+        layer.mlp.down_proj,
+    )
+
+
+def _integer(module: Any) -> Any:
+    """The layer's `IntegerLinear`, or None."""
+    return getattr(getattr(module, "quant_method", None), "integer", None)
+
+
+class DecoderForward:
+    """Stands for `LlamaModel.forward`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._plain = model.forward
+        first = model.layers[0]
+        attention, rope = first.self_attn, first.self_attn.rotary_emb
+        dtype = next(model.embed_tokens.parameters()).dtype
+        self._decoder = IntegerDecoder(
+            [
+                DecoderLayer(
+                    layer.input_layernorm.weight.data,
+                    layer.post_attention_layernorm.weight.data,
+                    *(_integer(module) for module in _maps(layer)),
+                )
+                for layer in model.layers
+            ],
+            model.norm.weight.data,
+            rope.cos_sin_cache,
+            query_heads=attention.num_heads,
+            key_heads=attention.num_kv_heads,
+            head=attention.head_dim,
+            epsilon=first.input_layernorm.variance_epsilon,
+            dtype=dtype,
+        )
+        self._attention: Sequence[Any] = [layer.self_attn.attn for layer in model.layers]
+        self._watched = [module for layer in model.layers for module in (layer, layer.self_attn, layer.mlp)]
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any,
+        inputs_embeds: torch.Tensor | None = None,
+        **more: Any,
+    ) -> Any:
+        context = get_forward_context()
+        metadata = context.attn_metadata
+        if (
+            not isinstance(metadata, dict)
+            or not isinstance(context.slot_mapping, dict)
+            or more
+            or intermediate_tensors is not None
+            or getattr(self._model, "aux_hidden_state_layers", None)
+            or looked_into(self._watched)
+        ):
+            return self._plain(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+        embedded = self._model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        decoder = self._decoder
+        step = decoder.begin(positions, embedded)
+        query, key, value = step.qkv.split([decoder.query_heads, decoder.key_heads, decoder.key_heads], 1)
+        for place, attention in enumerate(self._attention):
+            name, impl, cache = attention.layer_name, attention.impl, attention.kv_cache
+            impl.do_kv_cache_update(attention, key, value, cache, context.slot_mapping[name])
+            impl.forward(attention, query, key, value, cache, metadata[name], step.attention)
+            decoder.follow(place, step)
+        return step.result

@@ -1,0 +1,253 @@
+"""Integer products and the decoder layers made of them agree with float64, and rows do not see one another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from galley_kernels import PackedMatrix, pack_codes
+from galley_kernels.bench import random_matrix, relative_error
+from galley_kernels.integer import DecoderLayer, IntegerDecoder, IntegerLinear, InterleavedMatrix, available
+from galley_kernels.integer.linear import exact, rounded
+
+pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
+
+DTYPES = {torch.float32: 0.0, torch.bfloat16: 8e-3}
+# Float32 sums, and activations so near the middle between two integers that float32 rounds them to the other one.
+TOLERANCE = {4: 3e-4, 8: 1e-5}
+ROUNDED = {4: 8e-3, 8: 4e-5}  # what rounding normal activations in blocks may cost
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "group"),
+    [
+        (9, 32, 1, 32),
+        (2, 576, 40, 576),
+        (3, 96, 33, 32),
+        (5, 192, 8, 64),
+        (67, 256, 50, 128),
+        (130, 64, 7, 32),
+    ],
+)
+def test_products_are_those_of_rounded_activations(
+    dtype: torch.dtype, bits: int, outliers: float, rows: int, inputs: int, outputs: int, group: int
+) -> None:
+    torch.manual_seed(rows)
+    matrix = random_matrix(inputs, outputs, bits, group, dtype, "cpu", outliers)
+    x = torch.randn(rows, inputs).to(dtype)
+    found = IntegerLinear([matrix])(x)
+    assert found.dtype == dtype
+    assert relative_error(found, exact(x, matrix)) < TOLERANCE[bits] + DTYPES[dtype]
+    whole = x.double() @ matrix.dequantize(torch.float64).T
+    assert relative_error(found, whole) < ROUNDED[bits] + TOLERANCE[bits] + DTYPES[dtype]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    blocks=st.integers(1, 6),
+    outputs=st.integers(1, 40),
+    bits=st.sampled_from([4, 8]),
+    kind=st.sampled_from(["zeros", "huge", "tiny", "one", "mixed"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_and_adversarial_values(
+    rows: int, blocks: int, outputs: int, bits: int, kind: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    matrix = random_matrix(32 * blocks, outputs, bits, 32, torch.float32, "cpu", 0.05)
+    x = torch.randn(rows, 32 * blocks)
+    if kind == "zeros":
+        x.zero_()
+    elif kind == "huge":
+        x[:, ::7] *= 1e20
+    elif kind == "tiny":
+        x *= 1e-40  # denormal: blocks become zeros
+    elif kind == "one":
+        x[:, 1:] = 0
+    else:
+        x[0] = 0
+        x[-1] *= 1e6
+    found = IntegerLinear([matrix])(x).double()
+    expected = exact(x, matrix) if kind != "tiny" else torch.zeros(rows, outputs, dtype=torch.float64)
+    scale = expected.abs().amax(-1, keepdim=True) + 1e-30
+    assert bool(((found - expected).abs() <= 2e-5 * scale + 1e-35).all())
+
+
+def test_extreme_codes_do_not_overflow() -> None:
+    # All sums of a block are as large as they can be: -8 or 7 times 127, 32 times.
+    for code in (-8, 7):
+        words = pack_codes(torch.full((8, 64), code), 4)
+        matrix = PackedMatrix(words, torch.ones(8, 2), 4)
+        for value in (-1.0, 1.0):
+            x = torch.full((4, 64), value)
+            assert torch.equal(IntegerLinear([matrix])(x), torch.full((4, 8), 64.0 * code * value))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_does_not_depend_on_its_neighbours(bits: int) -> None:
+    torch.manual_seed(1)
+    linear = IntegerLinear([random_matrix(192, 50, bits, 64, torch.bfloat16, "cpu", 0.02)])
+    x = torch.randn(71, 192)
+    together = linear(x)
+    assert torch.equal(together, torch.cat([linear(row) for row in x.split(1)]))
+    assert torch.equal(together, torch.cat([linear(some) for some in x.split(3)]))
+
+
+def test_matrices_side_by_side_are_one_map() -> None:
+    torch.manual_seed(2)
+    parts = [
+        random_matrix(128, 24, 4, 32, torch.bfloat16, "cpu", 0.02),
+        random_matrix(128, 9, 8, 128, torch.bfloat16, "cpu", 0.0),
+        random_matrix(128, 16, 4, 64, torch.float32, "cpu", 0.0),
+    ]
+    linear, bias = IntegerLinear(parts), torch.randn(49)
+    x = torch.randn(2, 3, 128)
+    expected = torch.cat([exact(x.flatten(0, 1), part) for part in parts], -1).view(2, 3, 49)
+    assert relative_error(linear(x), expected) < TOLERANCE[4]
+    linear.add_bias(bias)
+    assert relative_error(linear(x), expected + bias) < TOLERANCE[4]
+
+
+def test_activations_round_to_the_nearest_of_their_block() -> None:
+    x = torch.zeros(1, 64)
+    x[0, :3] = torch.tensor([127.0, -3.4, 0.5])
+    x[0, 32:34] = torch.tensor([-2.54, 1.0])  # a block of its own: steps of 0.02
+    found = rounded(x, 8)
+    assert found[0, :3].tolist() == [127.0, -3.0, 0.0]
+    assert found[0, 32:34].tolist() == pytest.approx([-2.54, 1.0])
+
+
+def test_what_does_not_suit_is_refused() -> None:
+    matrix = random_matrix(48, 8, 4, 24, torch.float32, "cpu", 0.0)
+    assert not InterleavedMatrix.suits(matrix)
+    with pytest.raises(ValueError, match="found groups of 24"):
+        IntegerLinear([matrix])
+    first, second = (random_matrix(inputs, 8, 4, 32, torch.float32, "cpu", 0.0) for inputs in (32, 64))
+    with pytest.raises(ValueError, match=r"inputs, expected the same"):
+        IntegerLinear([first, second])
+    with pytest.raises(ValueError, match=r"found activations torch.float16 \[1, 32\]"):
+        IntegerLinear([first])(torch.ones(1, 32, dtype=torch.float16))
+
+
+HIDDEN, INNER, QUERIES, KEYS, HEAD, ROTARY = 64, 160, 4, 2, 16, 8
+
+
+def some_layer(bits: int, sigma: float) -> tuple[DecoderLayer, dict[str, PackedMatrix]]:
+    def matrix(inputs: int, outputs: int) -> PackedMatrix:
+        return random_matrix(inputs, outputs, bits, 32, torch.float32, "cpu", 0.02)
+
+    matrices = {
+        "qkv": matrix(HIDDEN, (QUERIES + 2 * KEYS) * HEAD),
+        "output": matrix(QUERIES * HEAD, HIDDEN),
+        "gate_up": matrix(HIDDEN, 2 * INNER),
+        "down": matrix(INNER, HIDDEN),
+    }
+    norms = [1 + sigma * torch.randn(HIDDEN) for _ in range(2)]
+    return DecoderLayer(*norms, *(IntegerLinear([each]) for each in matrices.values())), matrices
+
+
+def normed(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weights.double()
+
+
+def turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Pairs (i, i + ROTARY / 2) as complex numbers, turned."""
+    half = ROTARY // 2
+    pairs = torch.complex(heads[..., :half], heads[..., half:ROTARY])
+    pairs = pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    return torch.cat([pairs.real, pairs.imag, heads[..., ROTARY:]], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_decoder_layers_are_norms_maps_and_a_gate(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(3)
+    made = [some_layer(bits, 0.1) for bits in (8, 8)]
+    final = 1 + 0.1 * torch.randn(HIDDEN)
+    angles = torch.randn(100, ROTARY // 2, dtype=torch.float64)
+    decoder = IntegerDecoder(
+        [layer for layer, _ in made],
+        final,
+        torch.cat([angles.cos(), angles.sin()], -1).float(),
+        query_heads=QUERIES,
+        key_heads=KEYS,
+        head=HEAD,
+        epsilon=1e-5,
+        dtype=dtype,
+    )
+    positions = torch.randint(100, (rows,))
+    x = torch.randn(rows, HIDDEN)
+    attentions = [torch.randn(rows, QUERIES, HEAD).to(dtype) for _ in made]
+
+    state = x.double()
+    step = decoder.begin(positions, x)
+    enough = {torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
+    for place, ((layer, matrices), attention) in enumerate(zip(made, attentions, strict=True)):
+        qkv = exact(normed(state, layer.input_norm), matrices["qkv"]).view(rows, -1, HEAD)
+        qkv[:, : QUERIES + KEYS] = turned(qkv[:, : QUERIES + KEYS], angles[positions])
+        assert relative_error(step.qkv, qkv) < enough
+        state = state + exact(attention.view(rows, -1).double(), matrices["output"])
+        gate, up = exact(normed(state, layer.attention_norm), matrices["gate_up"]).chunk(2, -1)
+        state = state + exact(torch.nn.functional.silu(gate) * up, matrices["down"])
+        step.attention.copy_(attention)
+        decoder.follow(place, step)
+    assert step.result.dtype == dtype
+    assert relative_error(step.result, normed(state, final)) < enough
+    assert torch.equal(x, x.clone())
+
+
+def test_the_gate_holds_at_both_ends() -> None:
+    # Gates so large that their exponentials would overflow: silu is 0 below, the gate itself above.
+    torch.manual_seed(4)
+    layer, _ = some_layer(4, 0.0)
+    for value in (-1e4, 1e4):
+        gates = torch.full((2 * INNER, 32), 7)
+        gates[:INNER] = int(math.copysign(7, value))
+        wide = torch.zeros(2 * INNER, HIDDEN, dtype=torch.int64)
+        wide[:, :32] = gates
+        scales = torch.full((2 * INNER, 2), 100.0)
+        gate_up = IntegerLinear([PackedMatrix(pack_codes(wide, 4), scales, 4)])
+        one = DecoderLayer(
+            layer.input_norm, layer.attention_norm, layer.qkv, layer.output, gate_up, layer.down
+        )
+        decoder = IntegerDecoder(
+            [one],
+            torch.ones(HIDDEN),
+            torch.ones(4, ROTARY),
+            query_heads=QUERIES,
+            key_heads=KEYS,
+            head=HEAD,
+            epsilon=1e-5,
+            dtype=torch.float32,
+        )
+        step = decoder.begin(torch.zeros(1, dtype=torch.int64), torch.ones(1, HIDDEN))
+        before = step.residual.clone()
+        step.attention.zero_()
+        decoder.follow(0, step)
+        assert bool(torch.isfinite(step.result).all())
+        assert torch.equal(step.residual, before) == (value < 0)
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    layer, _ = some_layer(4, 0.0)
+    with pytest.raises(
+        ValueError, match="layer 0, qkv: found 64 inputs and 128 outputs, expected 64 and 160"
+    ):
+        IntegerDecoder(
+            [layer],
+            torch.ones(HIDDEN),
+            torch.ones(4, ROTARY),
+            query_heads=QUERIES,
+            key_heads=KEYS + 1,
+            head=HEAD,
+            epsilon=1e-5,
+            dtype=torch.float32,
+        )
