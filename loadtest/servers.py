@@ -65,13 +65,22 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(
-    command: list[str], environment: dict[str, str], port: int, health: str = "/health"
+    command: list[str],
+    environment: dict[str, str],
+    port: int,
+    health: str = "/health",
+    standard_input: int | None = None,
 ) -> Iterator[Server]:
     """Start `command`, wait until it is healthy, and end its whole process group afterwards."""
     log = Path(tempfile.mkstemp(prefix="galley-run-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
+            command,
+            stdin=standard_input,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:

@@ -8,6 +8,9 @@ import torch
 
 from galley_plugins.quantization.options import QuantizationOptions
 from loadtest import bench_quantization as bench
+from loadtest import quantization_speed as speed
+from loadtest.quantization_speed import Wave
+from loadtest.specbench import Prompt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,5 +56,55 @@ def test_data_and_choices_are_checked_before_anything_is_loaded(
         assert message in capsys.readouterr().err
     (tmp_path / "lm").mkdir()
     (tmp_path / bench.WIKITEXT).write_text("words")
-    options = bench.read_options(["--data", str(tmp_path), "--quick"])
+    with pytest.raises(SystemExit):
+        bench.read_options(["--data", str(tmp_path)])
+    assert "expected a folder with spec/specbench.jsonl" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.read_options(["--only", "sped"])
+    assert "--only: found sped, expected some of perplexity, speed" in capsys.readouterr().err
+    options = bench.read_options(["--data", str(tmp_path), "--quick", "--only", "perplexity"])
     assert (options.windows, options.choices) == (1, list(bench.QUICK_CHOICES))
+    assert (options.only, options.repeats) == (["perplexity"], 1)
+
+
+def test_ratios_compare_waves_of_the_same_prompts() -> None:
+    waves = [
+        Wave(server, load, repeat, seconds=seconds, tokens=100, prompt_tokens=10)
+        for load in ("b1", "c8")
+        for repeat, slow in enumerate((1, 4, 2))  # the machine slows down and recovers: ratios do not care
+        for server, seconds in (
+            (speed.BASE, 10.0 * slow),
+            (speed.PEER, 4.0 * slow),
+            (speed.OURS, 5.0 * slow),
+            (speed.DRAFTING, 2.0 * slow),
+        )
+    ]
+    figures = speed.figures_of(waves)
+    assert figures["int4_speedup_b1"] == figures["int4_speedup_c8"] == 2.0
+    assert figures["int4_hybrid_speedup_b1"] == 5.0
+    assert figures["over_llamacpp_c8"] == 2.0
+    assert figures["int4_over_llamacpp_b1"] == 0.8
+    assert figures["tokens_per_second_vllm_bf16_b1"] == 5.0
+    assert "over_llamacpp_b1" not in speed.figures_of([wave for wave in waves if wave.server != speed.PEER])
+
+
+def test_no_prompt_is_asked_twice_and_servers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, tuple[str, ...]]] = []
+
+    def ask_all(server: Any, texts: list[str], clients: int, max_tokens: int) -> tuple[float, int, int]:
+        asked.append((server, f"{clients}", tuple(texts)))
+        return 1.0, max_tokens, 1
+
+    monkeypatch.setattr(speed, "ask_all", ask_all)
+    monkeypatch.setattr(speed, "_signal", lambda *_: None)
+    prompts = [Prompt(number, "", str(number)) for number in range(20)]
+    servers: Any = {"one": "one", "two": "two"}
+    waves = list(speed.measure(servers, prompts, {"b1": 2, "c8": 3}, repeats=2, max_tokens=8))
+    assert [(wave.server, wave.load, wave.repeat) for wave in waves] == [
+        ("one", "b1", 0), ("two", "b1", 0), ("one", "c8", 0), ("two", "c8", 0),
+        ("two", "b1", 1), ("one", "b1", 1), ("two", "c8", 1), ("one", "c8", 1),
+    ]  # fmt: skip
+    texts = [texts for server, _, texts in asked if server == "one"]
+    assert texts == [texts for server, _, texts in asked if server == "two"]
+    assert len({text for wave in texts for text in wave}) == 10
+    assert [clients for _, clients, _ in asked] == ["1", "1", "8", "8"] * 2

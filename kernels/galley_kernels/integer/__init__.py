@@ -4,8 +4,17 @@ Activations become integers by blocks of 32 inputs, each with its own scale: of 
 (what is called W4A8; llama.cpp's Q8 blocks are alike), of 16 bits beside 8-bit weights, at the same cost.
 """
 
-from galley_kernels.integer.decoder import DecoderLayer, IntegerDecoder, Step
+from galley_kernels.integer.decoder import DecoderLayer, IntegerDecoder, PagedCache, Requests, Step
 from galley_kernels.integer.interleaved import InterleavedMatrix, available
 from galley_kernels.integer.linear import IntegerLinear
 
-__all__ = ["DecoderLayer", "IntegerDecoder", "IntegerLinear", "InterleavedMatrix", "Step", "available"]
+__all__ = [
+    "DecoderLayer",
+    "IntegerDecoder",
+    "IntegerLinear",
+    "InterleavedMatrix",
+    "PagedCache",
+    "Requests",
+    "Step",
+    "available",
+]

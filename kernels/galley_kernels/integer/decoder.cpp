@@ -3,6 +3,7 @@
 //
 // Plain C functions over pointers, as in cpu_gemm.cpp. Structures are those of decoder.py.
 
+#include "attention.h"
 #include "products.h"
 
 #include <memory>
@@ -11,11 +12,13 @@
 namespace {
 
 using galley::Activations;
+using galley::Attention;
 using galley::BLOCK;
 using galley::Matrix;
 using galley::Needs;
 
-constexpr int64_t SLAB = 32;  // rows at a time: their activations stay in a core's cache
+constexpr int64_t GATHER = 16;  // rows whose attention one thread computes
+constexpr int64_t SLAB = 32;    // rows at a time: their activations stay in a core's cache
 
 struct Linear {
     const Matrix* parts;
@@ -80,34 +83,12 @@ inline void read(const void* from, int is_float, int64_t at, float* to, int64_t 
         for (int64_t i = 0; i < count; ++i) to[i] = galley::wide(from, 0, at + i);
 }
 
-// e to the power of x: 2 to a whole number times a polynomial of what is left (the coefficients of Cephes' expf).
-#ifdef GALLEY_AVX2
-inline __m256 exponential(__m256 x) {
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.3f)), _mm256_set1_ps(88.3f));
-    const __m256 whole = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)),
-                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 left = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0.693359375f), x);
-    left = _mm256_fnmadd_ps(whole, _mm256_set1_ps(-2.12194440e-4f), left);
-    __m256 made = _mm256_set1_ps(1.9875691500e-4f);
-    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        made = _mm256_fmadd_ps(made, left, _mm256_set1_ps(next));
-    made = _mm256_fmadd_ps(made, _mm256_mul_ps(left, left), _mm256_add_ps(left, _mm256_set1_ps(1)));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(made, _mm256_castsi256_ps(power));
-}
-#endif
-
 // silu(gate) * up; `count` is a multiple of eight.
 inline void gated(const float* gate, const float* up, float* to, int64_t count) {
-#ifdef GALLEY_AVX2
     for (int64_t i = 0; i < count; i += 8) {
-        const __m256 x = _mm256_loadu_ps(gate + i), one = _mm256_set1_ps(1);
-        const __m256 below = _mm256_add_ps(one, exponential(_mm256_sub_ps(_mm256_setzero_ps(), x)));
-        _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_div_ps(x, below), _mm256_loadu_ps(up + i)));
+        const galley::Lanes x = galley::lanes(gate + i);
+        galley::put(to + i, x / (galley::exponential(-x) + 1.0f) * galley::lanes(up + i));
     }
-#else
-    for (int64_t i = 0; i < count; ++i) to[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
-#endif
 }
 
 // x divided by its root mean square, times the weights.
@@ -245,6 +226,52 @@ void follow(const Decoder& decoder, const Layer& layer, const Layer* next, const
     if (next) attend(decoder, *next, step, first, rows, scratch);
 }
 
+// Attention of all rows, queries of one key head and neighbouring rows together.
+template <typename Number>
+void attend_all(const Decoder& decoder, const Step& step, const Attention& over, void* cache) {
+    const int64_t width = (decoder.query_heads + 2 * decoder.key_heads) * decoder.head, head = decoder.head;
+    const int64_t shared = decoder.query_heads / decoder.key_heads;
+    const Number* qkv = static_cast<const Number*>(step.qkv);
+    Number* kept = static_cast<Number*>(cache);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < step.rows; ++row)
+        galley::remember(over, kept, qkv + row * width, over.slots[row], decoder.query_heads, decoder.key_heads,
+                         head);
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t key_head = 0; key_head < decoder.key_heads; ++key_head)
+        for (int64_t first = 0; first < step.rows; first += GATHER) {
+            float made[galley::QUERIES][512];
+            const Number* queries[galley::QUERIES];
+            int64_t limits[galley::QUERIES], places[galley::QUERIES];
+            float* results[galley::QUERIES];
+            for (int q = 0; q < galley::QUERIES; ++q) results[q] = made[q];
+            const int64_t last = std::min(first + GATHER, step.rows);
+            int64_t request = std::upper_bound(over.starts, over.starts + over.requests + 1, first) - over.starts - 1;
+            int count = 0;
+            const auto flush = [&] {
+                if (!count) return;
+                galley::attend(over, kept + key_head * over.head_stride, over.tables + request * over.table, head,
+                               count, queries, limits, results);
+                for (int q = 0; q < count; ++q)
+                    write(const_cast<void*>(step.attention), decoder.is_float, places[q], made[q], head);
+                count = 0;
+            };
+            for (int64_t row = first; row < last; ++row) {
+                if (row >= over.starts[request + 1]) {
+                    flush();
+                    while (row >= over.starts[request + 1]) ++request;
+                }
+                for (int64_t each = key_head * shared; each < (key_head + 1) * shared; ++each) {
+                    queries[count] = qkv + row * width + each * head;
+                    limits[count] = over.lengths[request] - over.starts[request + 1] + row + 1;
+                    places[count] = (row * decoder.query_heads + each) * head;
+                    if (++count == galley::QUERIES) flush();
+                }
+            }
+            flush();
+        }
+}
+
 Scratch& scratch_of(const Decoder& decoder) {
     static thread_local Scratch scratch;
     scratch.fit(decoder);
@@ -275,6 +302,30 @@ void galley_decoder_follow(const Decoder* decoder, const Layer* layer, const Lay
 #pragma omp parallel num_threads(decoder->threads)
     for (int64_t first = 0; first < step->rows; first += SLAB)
         follow(*decoder, *layer, next, *step, first, std::min(SLAB, step->rows - first), scratch);
+}
+
+// A whole pass, attention included: from the residual to the result.
+void galley_decoder_run(const Decoder* decoder, const Layer* layers, int64_t count, const Step* step,
+                        const Attention* over) {
+    Scratch& scratch = scratch_of(*decoder);
+    const Needs needs = needs_of(layers->qkv);
+#pragma omp parallel num_threads(decoder->threads)
+    {
+        for (int64_t first = 0; first < step->rows; first += SLAB) {
+            const int64_t rows = std::min(SLAB, step->rows - first);
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; ++row)
+                enter(*decoder, layers->input_norm, layers->qkv, *step, first, row, rows, scratch, needs);
+            attend(*decoder, *layers, *step, first, rows, scratch);
+        }
+        for (int64_t layer = 0; layer < count; ++layer) {
+            (decoder->is_float ? attend_all<float> : attend_all<uint16_t>)(*decoder, *step, *over,
+                                                                          over->caches[layer]);
+            for (int64_t first = 0; first < step->rows; first += SLAB)
+                follow(*decoder, layers[layer], layer + 1 < count ? layers + layer + 1 : nullptr, *step, first,
+                       std::min(SLAB, step->rows - first), scratch);
+        }
+    }
 }
 
 // float32 or bfloat16 out [rows][outputs] of x [rows][inputs].

@@ -18,6 +18,8 @@ from galley_kernels.integer.linear import IntegerLinear, Linear
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+TOKENS, WIDEST = 32, 512  # of a cache's keys: tokens side by side; of a head, where attention is computed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderLayer:
@@ -64,6 +66,74 @@ class _Step(ctypes.Structure):
         ("rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("positions", "residual", "qkv", "attention", "result")),
     ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("caches", "starts", "lengths", "tables", "slots")),
+        *((name, ctypes.c_int64) for name in ("requests", "table", "block", "block_stride", "head_stride")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class PagedCache:
+    """vLLM's caches of a CPU, one for each layer, of the same shape.
+
+    Args:
+        caches: of the decoder's type, [blocks, key heads, block size, 2 * head]: of a block and head the
+            keys, [head, block size], then the values, [block size, head].
+        scale: of scores.
+
+    Raises:
+        ValueError: a cache is shaped or strided otherwise.
+    """
+
+    def __init__(self, caches: Sequence[torch.Tensor], head: int, scale: float) -> None:
+        first = caches[0]
+        for cache in caches:
+            if (
+                cache.shape != first.shape
+                or cache.stride() != first.stride()
+                or cache.dtype != first.dtype
+                or cache.shape[2] % TOKENS
+                or cache.shape[3] != 2 * head
+                or cache.stride()[2:] != (2 * head, 1)
+            ):
+                raise ValueError(
+                    f"found a cache {list(cache.shape)} strided {cache.stride()}, which does not fit"
+                )
+        self.dtype = first.dtype
+        self.key_heads, self.block = first.shape[1], first.shape[2]
+        self.strides = first.stride()[:2]
+        self.scale = scale
+        self._caches = caches
+        self.addresses = (ctypes.c_void_p * len(caches))(*(cache.data_ptr() for cache in caches))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Requests:
+    """Whose rows a step's are.
+
+    Attributes:
+        starts: int32 [requests + 1]: where each request's rows start.
+        lengths: int32 [requests]: its tokens, those of this step included.
+        tables: int32 [requests, blocks]: its blocks of the cache.
+        slots: int64 [rows]: where each row's key and value go.
+    """
+
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    tables: torch.Tensor
+    slots: torch.Tensor
+
+    def fits(self) -> bool:
+        """Whether types and strides are what the code reads."""
+        return (
+            all(each.dtype == torch.int32 for each in (self.starts, self.lengths, self.tables))
+            and self.slots.dtype == torch.int64
+            and all(each.is_contiguous() for each in (self.starts, self.lengths, self.slots))
+            and self.tables.stride(1) == 1
+        )
 
 
 class Step:
@@ -139,7 +209,7 @@ class IntegerDecoder:
                         f"layer {place}, {name}: found {found.inputs} inputs and {found.outputs} outputs, "
                         f"expected {sizes[0]} and {sizes[1]}"
                     )
-        if rotary % 2 or rotary > head or self.hidden % 8 or intermediate % 8:
+        if rotary % 2 or rotary > head or self.hidden % 8 or intermediate % 8 or query_heads % key_heads:
             raise ValueError(f"found rotary {rotary}, head {head}, hidden {self.hidden}: they do not fit")
         self.rotary_positions = len(rotations)
         self._layers = tuple(layers)
@@ -169,6 +239,7 @@ class IntegerDecoder:
         self._next = [*self._places[1:], None]
         code = library()
         self._begin, self._follow = code.galley_decoder_begin, code.galley_decoder_follow
+        self._run = code.galley_decoder_run
 
     def begin(self, positions: torch.Tensor, embeddings: torch.Tensor) -> Step:
         """Up to the first layer's queries, keys and values."""
@@ -177,6 +248,40 @@ class IntegerDecoder:
         self._begin(self._address, self._places[0], step.address)
         return step
 
+    @property
+    def attends(self) -> bool:
+        """Whether `run` takes heads of this size."""
+        return self.head % TOKENS == 0 and self.head <= WIDEST
+
     def follow(self, layer: int, step: Step) -> None:
         """From a layer's attention to the next layer's queries, keys and values, or to the result."""
         self._follow(self._address, self._places[layer], self._next[layer], step.address)
+
+    def run(
+        self, positions: torch.Tensor, embeddings: torch.Tensor, cache: PagedCache, requests: Requests
+    ) -> torch.Tensor:
+        """A whole pass with causal attention; [rows, hidden], normed.
+
+        Raises:
+            ValueError: the cache or the requests' tensors do not fit.
+        """
+        if cache.dtype != self.dtype or cache.key_heads != self.key_heads or not requests.fits():
+            raise ValueError(
+                f"found a cache of {cache.dtype} and {cache.key_heads} key heads: it does not fit"
+            )
+        self._decoder.threads = torch.get_num_threads()
+        step = Step(self, positions, embeddings)
+        over = _Attention(
+            ctypes.addressof(cache.addresses),
+            requests.starts.data_ptr(),
+            requests.lengths.data_ptr(),
+            requests.tables.data_ptr(),
+            requests.slots.data_ptr(),
+            len(requests.lengths),
+            requests.tables.stride(0),
+            cache.block,
+            *cache.strides,
+            cache.scale,
+        )
+        self._run(self._address, self._places[0], len(self._places), step.address, ctypes.addressof(over))
+        return step.result

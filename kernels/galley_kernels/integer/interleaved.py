@@ -32,13 +32,14 @@ class Matrix(ctypes.Structure):
 def library() -> Any:
     """The compiled code, built the first time; None where there is no compiler."""
     folder = Path(__file__).parent
-    found = compiler.load(folder / "decoder.cpp", folder / "products.h")
+    found = compiler.load(folder / "decoder.cpp", folder / "attention.h", folder / "products.h")
     if found is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int
         found.galley_integer_linear.argtypes = [pointer, pointer, pointer, ctypes.c_int64, number, number]
         found.galley_decoder_begin.argtypes = [pointer] * 3
         found.galley_decoder_follow.argtypes = [pointer] * 4
-        for name in ("integer_linear", "decoder_begin", "decoder_follow"):
+        found.galley_decoder_run.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
+        for name in ("integer_linear", "decoder_begin", "decoder_follow", "decoder_run"):
             getattr(found, f"galley_{name}").restype = None
     return found
 

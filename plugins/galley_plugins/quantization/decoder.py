@@ -1,8 +1,10 @@
 """A model's packed layers run as one decoder of integer maps on a CPU, around vLLM's own attention.
 
 vLLM runs a layer as some twenty operations, each called from Python; with 4-bit weights, those calls take
-longer than the products. Here a layer is three: keys and values into the cache, attention, and the rest
-(`galley_kernels.integer`). Steps that something looks into between layers run as vLLM runs them.
+longer than the products. Here a whole pass is one call (`galley_kernels.integer`), on processors where vLLM
+keeps keys and values in the layout that it reads, for requests that attend to all before them. Elsewhere,
+and for drafts that branch, a layer is three: keys and values into the cache, vLLM's attention, and the rest.
+Steps that something looks into between layers run as vLLM runs them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from galley_kernels.integer import DecoderLayer, IntegerDecoder
+from galley_kernels.integer import DecoderLayer, IntegerDecoder, PagedCache, Requests
 from galley_plugins import vllm_compat
 from galley_plugins.runners.layer_taps import looked_into
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+
+LAYOUT = "vec"  # of vLLM's caches on a CPU: that which `galley_kernels.integer` reads
 
 logger = init_logger("vllm.galley.quantization.decoder")
 
@@ -101,6 +106,9 @@ class DecoderForward:
             dtype=dtype,
         )
         self._attention: Sequence[Any] = [layer.self_attn.attn for layer in model.layers]
+        self._names = [attention.layer_name for attention in self._attention]
+        self._attends = self._decoder.attends and all(_plain(attention) for attention in self._attention)
+        self._cache: PagedCache | None = None
         self._watched = [module for layer in model.layers for module in (layer, layer.self_attn, layer.mlp)]
 
     def __call__(
@@ -123,6 +131,9 @@ class DecoderForward:
         ):
             return self._plain(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
         embedded = self._model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        requests = self._plain_requests(metadata, context.slot_mapping, len(positions))
+        if requests is not None and self._cache is not None:
+            return self._decoder.run(positions, embedded, self._cache, requests)
         decoder = self._decoder
         step = decoder.begin(positions, embedded)
         query, key, value = step.qkv.split([decoder.query_heads, decoder.key_heads, decoder.key_heads], 1)
@@ -132,3 +143,47 @@ class DecoderForward:
             impl.forward(attention, query, key, value, cache, metadata[name], step.attention)
             decoder.follow(place, step)
         return step.result
+
+    def _plain_requests(
+        self, metadata: dict[str, Any], slots: dict[str, torch.Tensor], rows: int
+    ) -> Requests | None:
+        """Whose the rows are, where all layers attend causally to all that came before; None elsewhere."""
+        names = self._names
+        first, slot = metadata[names[0]], slots.get(names[0])
+        if (
+            type(first) is not CPUAttentionMetadata
+            or first.causal is not True
+            or first.dynamic_causal is not None
+            or first.num_actual_tokens != rows
+            or slot is None
+            or len(slot) != rows
+            or not all(metadata[name] is first and slots.get(name) is slot for name in names)
+        ):
+            return None
+        if self._cache is None:
+            self._cache = self._paged_cache()
+        requests = Requests(first.query_start_loc, first.seq_lens, first.block_table, slot)
+        return requests if requests.fits() else None
+
+    def _paged_cache(self) -> PagedCache | None:
+        """The layers' caches, where attention is of the kind that the decoder computes."""
+        layer = self._attention[0]
+        scales = {attention.impl.scale for attention in self._attention}
+        if not self._attends or len(scales) > 1 or layer.isa != LAYOUT:
+            return None
+        return PagedCache(
+            [attention.kv_cache for attention in self._attention], layer.head_size, scales.pop()
+        )
+
+
+def _plain(attention: Any) -> bool:
+    """Whether a layer attends to all keys before a row by their products alone."""
+    impl = attention.impl
+    return (
+        impl.sliding_window == -1
+        and impl.alibi_slopes is None
+        and not impl.logits_soft_cap
+        and impl.sinks is None
+        and impl.kv_cache_dtype == "auto"
+        and attention.attn_type == AttentionType.DECODER
+    )
