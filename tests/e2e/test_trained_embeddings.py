@@ -73,7 +73,7 @@ def test_vectors_equal_the_reference_alone_and_beside_chats_that_stay_the_same(
         together = server.embed(SENTENCES * 2)
         with ThreadPoolExecutor(12) as pool:
             chats = [pool.submit(text_of, server, prompt) for prompt in PROMPTS[:4]]
-            mixed = [pool.submit(server.embed, sentence) for sentence in SENTENCES * 4]
+            mixed = [pool.submit(server.embed, sentence) for sentence in SENTENCES * 2]
             assert [chat.result() for chat in chats] == plain_chats
             beside = [vector.result()[0] for vector in mixed]
         for vectors in (alone, together, beside):

@@ -74,6 +74,7 @@ inline Lanes exponential(Lanes x) {
 template <typename Number>
 inline void remember(const Attention& over, Number* cache, const Number* row, int64_t slot, int64_t query_heads,
                      int64_t key_heads, int64_t head) {
+    if (slot < 0) return;  // vLLM's sign of a row that is not kept
     const int64_t place = slot % over.block;
     for (int64_t h = 0; h < key_heads; ++h) {
         Number* keys = cache + slot / over.block * over.block_stride + h * over.head_stride;

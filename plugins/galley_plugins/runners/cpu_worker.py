@@ -32,7 +32,8 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_model(*args, **kwargs)
-        if self.vllm_config.quant_config is not None:
+        # A connector of caches would have to be asked around each layer's attention.
+        if self.vllm_config.quant_config is not None and self.vllm_config.kv_transfer_config is None:
             from galley_plugins.quantization import decoder
 
             self._integer_layers = decoder.install(self.model_runner.model)

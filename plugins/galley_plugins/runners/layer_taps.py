@@ -83,8 +83,10 @@ class LayerHook:
 
 
 def looked_into(modules: Iterable[Any]) -> bool:
-    """Whether a hook of one of the modules has something to do in this step, as far as it says."""
+    """Whether a module has a hook with something to do in this step, or a forward pass of its own."""
     for module in modules:
+        if "forward" in module.__dict__:
+            return True
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             if hooks and not all(isinstance(hook, LayerHook) and hook.idle() for hook in hooks.values()):
                 return True

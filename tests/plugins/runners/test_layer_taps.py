@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from galley_plugins.runners.layer_taps import LayerTaps, TappedRows, decoder_layers
+from galley_plugins.runners.layer_taps import LayerTaps, TappedRows, decoder_layers, looked_into
 
 
 class Layer(nn.Module):
@@ -67,3 +67,25 @@ def test_a_model_that_keeps_its_layers_elsewhere_is_named() -> None:
         ValueError, match=r"expected a model with model\.layers, SimpleNamespace is built otherwise"
     ):
         decoder_layers(SimpleNamespace())
+
+
+def test_layers_are_looked_into_only_in_steps_with_something_to_do(layers: nn.ModuleList) -> None:
+    assert not looked_into(layers)
+    taps = LayerTaps(layers, range(1, 3), read_layer=3)
+    assert not looked_into(layers)
+    taps.begin(rows([0], [1], [2]))
+    assert looked_into(layers)
+    run(layers, STATES)
+    taps.end()
+    assert not looked_into(layers)
+
+
+@pytest.mark.parametrize("how", ["a hook before", "a hook behind", "another forward"])
+def test_layers_that_others_changed_are_looked_into(layers: nn.ModuleList, how: str) -> None:
+    if how == "a hook before":
+        layers[1].register_forward_pre_hook(lambda *_: None)
+    elif how == "a hook behind":
+        layers[1].register_forward_hook(lambda *_: None)
+    else:
+        layers[1].forward = lambda *_: None  # type: ignore[method-assign]
+    assert looked_into(layers)
