@@ -64,7 +64,7 @@ CHOICES: dict[str, QuantizationOptions] = {
     "both_2.5": QuantizationOptions("finequant+easyquant", sigma=2.5),
     "both_g32": QuantizationOptions("finequant+easyquant", group_sizes=(32,)),
 }
-QUICK_CHOICES = ("int8", "finequant", "easyquant", "both_2.5")
+QUICK_CHOICES = ("int8", "finequant", "easyquant", "both")
 
 
 @torch.inference_mode()

@@ -187,7 +187,7 @@ def test_decoder_layers_are_norms_maps_and_a_gate(dtype: torch.dtype, rows: int)
     x = torch.randn(rows, HIDDEN)
     attentions = [torch.randn(rows, QUERIES, HEAD).to(dtype) for _ in made]
 
-    state = x.double()
+    state, before = x.double(), x.clone()
     step = decoder.begin(positions, x)
     enough = {torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
     for place, ((layer, matrices), attention) in enumerate(zip(made, attentions, strict=True)):
@@ -201,7 +201,7 @@ def test_decoder_layers_are_norms_maps_and_a_gate(dtype: torch.dtype, rows: int)
         decoder.follow(place, step)
     assert step.result.dtype == dtype
     assert relative_error(step.result, normed(state, final)) < enough
-    assert torch.equal(x, x.clone())
+    assert torch.equal(x, before)  # the residual is a copy
 
 
 def test_the_gate_holds_at_both_ends() -> None:

@@ -181,6 +181,17 @@ inline void enter(const Decoder& decoder, const float* weights, const Linear& ma
     galley::round_row(scratch.input, row, rows, map.inputs, needs);
 }
 
+void begin(const Decoder& decoder, const Layer& layer, const Step& step, Scratch& scratch) {
+    const Needs needs = needs_of(layer.qkv);
+    for (int64_t first = 0; first < step.rows; first += SLAB) {
+        const int64_t rows = std::min(SLAB, step.rows - first);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row)
+            enter(decoder, layer.input_norm, layer.qkv, step, first, row, rows, scratch, needs);
+        attend(decoder, layer, step, first, rows, scratch);
+    }
+}
+
 void follow(const Decoder& decoder, const Layer& layer, const Layer* next, const Step& step, int64_t first,
             int64_t rows, Scratch& scratch) {
     const int64_t hidden = decoder.hidden, inner = decoder.intermediate;
@@ -285,15 +296,8 @@ extern "C" {
 // Queries, keys and values of the first layer, of the residual.
 void galley_decoder_begin(const Decoder* decoder, const Layer* layer, const Step* step) {
     Scratch& scratch = scratch_of(*decoder);
-    const Needs needs = needs_of(layer->qkv);
 #pragma omp parallel num_threads(decoder->threads)
-    for (int64_t first = 0; first < step->rows; first += SLAB) {
-        const int64_t rows = std::min(SLAB, step->rows - first);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row)
-            enter(*decoder, layer->input_norm, layer->qkv, *step, first, row, rows, scratch, needs);
-        attend(*decoder, *layer, *step, first, rows, scratch);
-    }
+    begin(*decoder, *layer, *step, scratch);
 }
 
 // From a layer's attention to the next one's queries, keys and values; to the result where there is no next.
@@ -308,16 +312,9 @@ void galley_decoder_follow(const Decoder* decoder, const Layer* layer, const Lay
 void galley_decoder_run(const Decoder* decoder, const Layer* layers, int64_t count, const Step* step,
                         const Attention* over) {
     Scratch& scratch = scratch_of(*decoder);
-    const Needs needs = needs_of(layers->qkv);
 #pragma omp parallel num_threads(decoder->threads)
     {
-        for (int64_t first = 0; first < step->rows; first += SLAB) {
-            const int64_t rows = std::min(SLAB, step->rows - first);
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; ++row)
-                enter(*decoder, layers->input_norm, layers->qkv, *step, first, row, rows, scratch, needs);
-            attend(*decoder, *layers, *step, first, rows, scratch);
-        }
+        begin(*decoder, *layers, *step, scratch);
         for (int64_t layer = 0; layer < count; ++layer) {
             (decoder->is_float ? attend_all<float> : attend_all<uint16_t>)(*decoder, *step, *over,
                                                                           over->caches[layer]);
