@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+BUILTIN = "builtin:smollm2-135m-instruct"
 _TOLD_ROWS = 5  # wrong rows that are shown one by one
 
 
@@ -42,9 +44,7 @@ def build_command(
         typer.Argument(metavar="CORPUS", help="A .txt, .md, .jsonl or .parquet file, or a folder of them."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the build.")],
-    model: Annotated[
-        str, typer.Option(help="builtin:NAME, a folder or a hub id.")
-    ] = "builtin:smollm2-135m-instruct",
+    model: Annotated[str, typer.Option(help="builtin:NAME, a folder or a hub id.")] = BUILTIN,
     layer: Annotated[int, typer.Option(help="Whose MLP's input is read; -1 is the last.")] = -1,
     context: Annotated[int, typer.Option(help="Tokens that the model reads at once.")] = 1024,
     held_out: Annotated[
@@ -137,7 +137,7 @@ def _stage(name: str, until: str, text: str) -> None:
     def command(**named: Any) -> None:
         build_command(**named, until=until)
 
-    signature = __import__("inspect").signature(build_command)
+    signature = inspect.signature(build_command, eval_str=True)
     kept = [parameter for name, parameter in signature.parameters.items() if name != "until"]
     command.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     command.__doc__ = text
@@ -147,8 +147,8 @@ def _stage(name: str, until: str, text: str) -> None:
 _stage(
     "build",
     "weigh",
-    "Build a memory of CORPUS in the folder OUT, which `memory: {path: OUT}` serves. A run that was stopped goes "
-    "on where it was; what fits is not made again.",
+    "Build a memory of CORPUS in the folder OUT, which `memory: {path: OUT}` serves. A run that was stopped "
+    "goes on where it was; what fits is not made again.",
 )
 _stage("datastore", "datastore", "Only the states of the corpus and the tokens that follow them.")
 _stage("index", "index", "So far as the index of the nearest states.")
@@ -161,9 +161,7 @@ _stage("weigh", "weigh", "All of it: also the memory's share of the mix, chosen 
 def eval_command(
     path: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a build, or of a memory.")],
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A file or folder, as a corpus is.")],
-    model: Annotated[
-        str, typer.Option(help="builtin:NAME, a folder or a hub id.")
-    ] = "builtin:smollm2-135m-instruct",
+    model: Annotated[str, typer.Option(help="builtin:NAME, a folder or a hub id.")] = BUILTIN,
     context: Annotated[int, typer.Option(help="Tokens that the model reads at once.")] = 1024,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Only so many windows of that length.", show_default=False)
@@ -280,8 +278,8 @@ def _show(console: Console, options: BuildOptions, built: Built, seconds: float,
     mix = memory.training["mix"]
     console.print(
         f"{memory.corpus['entries']} places of {memory.corpus['documents']} documents, "
-        f"{memory.corpus['bad_rows']} rows left out; held-out text {mix['plain']:.3f} -> {mix['nats']:.3f} nats a "
-        f"token at weight {memory.weight:.2f}; in {seconds:.0f} s: {options.out}",
+        f"{memory.corpus['bad_rows']} rows left out; held-out text {mix['plain']:.3f} -> {mix['nats']:.3f} "
+        f"nats a token at weight {memory.weight:.2f}; in {seconds:.0f} s: {options.out}",
         highlight=False,
         soft_wrap=True,
     )

@@ -2,8 +2,8 @@
 
 The settings say everything that serving needs: the layer that is read, the memory's share of the mix, sizes,
 and hashes of the model, the tokenizer and the corpus. Tensors are those of `network.MemoryNetwork`, float32,
-float16 or bfloat16, and `columns` int32 [outputs], the tokens that the output layer has rows for, where those are not
-all. Without `lm_head.weight` the output layer is the model's own.
+float16 or bfloat16, and `columns` int32 [outputs], the tokens that the output layer has rows for, where those
+are not all. Without `lm_head.weight` the output layer is the model's own.
 
 The authors' folders (`mlp_memory_config.json` beside `knn_generator/`) are read too.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle  # for the name of its error alone
 import secrets
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -202,8 +203,8 @@ def check_base(folder: Path, base: Base) -> MemorySettings:
     if built is None:
         if settings.sizes.inputs != base.hidden_size or settings.sizes.outputs != base.vocabulary:
             raise MemoryFileError(
-                f"memory: {folder} reads states of {settings.sizes.inputs} and knows {settings.sizes.outputs} "
-                f"tokens, the model here has {base.hidden_size} and {base.vocabulary}"
+                f"memory: {folder} reads states of {settings.sizes.inputs} and "
+                f"knows {settings.sizes.outputs} tokens, the model here has {base.hidden_size} and {base.vocabulary}"
             )
         settings = _counted_from_the_front(settings, base.layers)
     elif built != base:
@@ -265,19 +266,19 @@ def load_network(
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    generator = folder / GENERATOR
+    ours, safe = folder / WEIGHTS, generator / "model.safetensors"
     try:
-        if (folder / SETTINGS).is_file():
-            return load_file(folder / WEIGHTS)
-        generator = folder / GENERATOR
-        if (generator / "model.safetensors").is_file():
-            return load_file(generator / "model.safetensors")
-        # Pickled, as the authors save it: `weights_only` lets nothing but tensors through.
-        tensors: dict[str, torch.Tensor] = torch.load(
-            generator / "pytorch_model.bin", map_location="cpu", weights_only=True
-        )
-        return tensors
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        tensors: dict[str, torch.Tensor]
+        if (folder / SETTINGS).is_file() or safe.is_file():
+            tensors = load_file(ours if (folder / SETTINGS).is_file() else safe)
+        else:
+            # Pickled, as the authors save it: `weights_only` lets nothing but tensors through.
+            path = generator / "pytorch_model.bin"
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise MemoryFileError(f"memory: the weights in {folder} cannot be read: {error}") from None
+    return tensors
 
 
 def _released_settings(folder: Path) -> MemorySettings:

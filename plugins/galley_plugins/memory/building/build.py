@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -37,6 +36,7 @@ from galley_plugins.registration import DISTRIBUTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from galley_plugins.memory.building.mixture import Mixture
 
@@ -130,7 +130,7 @@ class Build:
     """One build.
 
     Raises:
-        ValueError: an option is wrong, by name; the folder of the model or of the build is not what is expected.
+        ValueError: an option is wrong, by name, or a folder is not what is expected.
     """
 
     def __init__(self, options: BuildOptions, reporter: Reporter) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ class Corpus:
     """The documents of a file or folder: a text file is one, a row of JSON lines or Parquet is one each.
 
     Attributes:
-        field: of a row, that holds its text or a list of texts.
+        text_field: of a row, that holds its text or a list of texts.
         most_bad: rows that may be wrong before the reading ends.
         told: called with each wrong row's place and what is wrong.
         bad: wrong rows so far.
     """
 
     path: Path
-    field: str = "text"
+    text_field: str = "text"
     most_bad: int = 100
     told: Callable[[str], None] | None = None
     bad: int = field(default=0, init=False)
@@ -77,7 +77,7 @@ class Corpus:
 
     def digest(self) -> str:
         """SHA-256 over the files' contents, and what is read of them."""
-        digest = hashlib.sha256(self.field.encode())
+        digest = hashlib.sha256(self.text_field.encode())
         for path in self.files():
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -112,7 +112,7 @@ class Corpus:
                 except ValueError as error:
                     self._wrong(f"{path}, line {number}", f"no JSON ({error})")
                     continue
-                value = record.get(self.field) if isinstance(record, dict) else None
+                value = record.get(self.text_field) if isinstance(record, dict) else None
                 found = sorted(record) if isinstance(record, dict) else type(record).__name__
                 yield from self._texts(value, f"{path}, line {number}", found, len(line))
 
@@ -124,11 +124,13 @@ class Corpus:
             file = parquet.ParquetFile(path)
         except pyarrow.ArrowException as error:
             raise CorpusError(f"{path} is no readable Parquet file: {error}") from None
-        if self.field not in file.schema_arrow.names:
-            raise CorpusError(f"{path}: found the columns {file.schema_arrow.names}, expected {self.field!r}")
+        if self.text_field not in file.schema_arrow.names:
+            raise CorpusError(
+                f"{path}: found the columns {file.schema_arrow.names}, expected {self.text_field!r}"
+            )
         rows = max(file.metadata.num_rows, 1)
         size, number = path.stat().st_size, 0
-        for batch in file.iter_batches(PARQUET_ROWS, columns=[self.field]):
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[self.text_field]):
             for value in batch.column(0).to_pylist():
                 number += 1
                 read = size * number // rows - size * (number - 1) // rows
@@ -137,7 +139,7 @@ class Corpus:
     def _texts(self, value: object, place: str, found: object, size: int) -> Iterator[Piece]:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            self._wrong(place, f"expected a text, or a list of texts, in {self.field!r}; found {found}")
+            self._wrong(place, f"expected a text, or a list of texts, in {self.text_field!r}; found {found}")
             return
         for index, text in enumerate(texts):
             yield Piece(text, last=True, size=size if index == 0 else 0)

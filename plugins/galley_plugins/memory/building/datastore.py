@@ -1,7 +1,7 @@
 """The datastore of kNN-LM (arXiv 1911.00172): states of a corpus as keys, the tokens that follow as values.
 
-MLP Memory (arXiv 2508.01832, section 3.1) takes the input of an MLP as the key. Of the held-out text the model's
-own log-probability of each following token is kept too, which is all that a mix with another needs.
+MLP Memory (arXiv 2508.01832, section 3.1) takes the input of an MLP as the key. Of the held-out text the
+model's own log-probability of each following token is kept too, which is all that a mix with another needs.
 """
 
 from __future__ import annotations

@@ -100,19 +100,23 @@ class Neighbours:
             return self._on_device(wide, k)
         return self._by_blocks(wide, k)
 
-    def _by_blocks(self, queries: NDArray[np.float32], k: int) -> Any:
+    def _by_blocks(
+        self, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         import faiss
 
         best: Any = None
-        entries = len(self._keys)
         block = _rows(self._keys.shape[1])
-        for start in range(0, entries, block):
+        for start in range(0, len(self._keys), block):
             part = self._keys[start : start + block].astype(np.float32)
             found = faiss.knn(queries, part, min(k, len(part)))
             best = _nearest(best, (found[0], found[1] + start), k)
-        return _filled(*best, k)
+        distances, entries = best
+        return _filled(distances, entries, k)
 
-    def _on_device(self, queries: NDArray[np.float32], k: int) -> Any:
+    def _on_device(
+        self, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         best: Any = None
         rows = torch.from_numpy(queries).to(self._device)
         block = _rows(self._keys.shape[1])
@@ -127,7 +131,8 @@ class Neighbours:
             distances = torch.cat([pair[0] for pair in found]).clamp_(min=0).cpu().numpy()
             places = torch.cat([pair[1] for pair in found]).cpu().numpy() + start
             best = _nearest(best, (distances, places), k)
-        return _filled(*best, k)
+        distances, entries = best
+        return _filled(distances, entries, k)
 
 
 def _nearest(best: Any, more: Any, k: int) -> Any:
@@ -139,7 +144,9 @@ def _nearest(best: Any, more: Any, k: int) -> Any:
     return nearest.values.numpy(), np.take_along_axis(entries, nearest.indices.numpy(), 1)
 
 
-def _filled(distances: NDArray[np.float32], entries: NDArray[np.int64], k: int) -> Any:
+def _filled(
+    distances: NDArray[np.float32], entries: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     missing = ((0, 0), (0, k - distances.shape[1]))
     return (
         np.pad(distances, missing, constant_values=np.inf),

@@ -1,8 +1,8 @@
 """Stages on disk, each a folder that is whole once it says so.
 
-A stage's key follows from its settings and the key of the stage before it: whatever is changed, that stage and
-those behind it are made anew, and nothing else. Files are written as `NAME.partial` and renamed when they are
-whole; `stage.json` is written last.
+A stage's key follows from its settings and the key of the stage before it: whatever is changed, that stage
+and those behind it are made anew, and nothing else. Files are written as `NAME.partial` and renamed when they
+are whole; `stage.json` is written last.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from galley_plugins.models.store import sync
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 DONE, PROGRESS = "stage.json", "progress.json"
 
@@ -42,7 +42,7 @@ class Stage:
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))
         text = json.dumps([self.settings, after.key if after is not None else ""], sort_keys=True)
-        self.key = hashlib.sha256(text.encode()).hexdigest()
+        self.key: str = hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def done(self) -> bool:
@@ -60,7 +60,7 @@ class Stage:
         return found
 
     def begin(self) -> dict[str, Any]:
-        """Prepare the folder, and say how far an interrupted run of these settings came; empty for a new one."""
+        """Prepare the folder; how far an interrupted run of these settings came, empty for a new one."""
         progress = _read(self.folder / PROGRESS)
         if progress.get("key") == self.key:
             found: dict[str, Any] = progress["progress"]
@@ -137,8 +137,8 @@ class explained:  # noqa: N801 -- a context manager
             free = shutil.disk_usage(self._path.parent).free
             wanted = "" if self._size is None else f" of {self._size / 1e6:.0f} MB"
             raise StageError(
-                f"no room for {self._path}{wanted}: {free / 1e6:.0f} MB are free; the stages before are whole, "
-                "the same command goes on from them"
+                f"no room for {self._path}{wanted}: {free / 1e6:.0f} MB are free; the stages before are "
+                "whole, the same command goes on from them"
             ) from None
 
 

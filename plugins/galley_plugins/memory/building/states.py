@@ -32,7 +32,7 @@ class StateReader:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self._model = model.eval().requires_grad_(False).to(device)
         self.device = device
-        layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", ())
+        layers: Any = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", ())
         if not -len(layers) <= layer < len(layers):
             raise ValueError(f"layer: found {layer}, expected {-len(layers)} to {len(layers) - 1}")
         self.layer = layer % len(layers)

@@ -1,8 +1,8 @@
 """What kNN-LM would say at each place of the corpus: the distributions that a memory learns to imitate.
 
-MLP Memory (arXiv 2508.01832, section 3.1): p(y) is the sum of softmax(-d / T) over the neighbours followed by y,
-the place itself left out; kept sparse. The temperature suits the model's own distances: of several, the one
-whose mix with the model predicts the held-out text best, which is kNN-LM itself.
+MLP Memory (arXiv 2508.01832, section 3.1): p(y) is the sum of softmax(-d / T) over the neighbours followed by
+y, the place itself left out; kept sparse. The temperature suits the model's own distances: of several, the
+one whose mix with the model predicts the held-out text best, which is kNN-LM itself.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def probabilities(
 ) -> NDArray[np.float64]:
     """[places]: what kNN-LM gives the token that follows; 0 where no neighbour was followed by it."""
     weights = _softmax(distances, temperature)
-    return (weights * (tokens == following[:, None])).sum(1, dtype=np.float64)
+    found: NDArray[np.float64] = (weights * (tokens == following[:, None])).sum(1, dtype=np.float64)
+    return found
 
 
 def weigh_temperatures(

@@ -1,7 +1,7 @@
 """The corpus as token ids, and which of them are held out.
 
-The held-out text is the corpus's last part, or another text. What is predicted of a document is every token but
-its first: entry i of a span [start, stop) is the state at token start + i and the token that follows it.
+The held-out text is the corpus's last part, or another text. What is predicted of a document is every token
+but its first: entry i of a span [start, stop) is the state at token start + i and the token that follows it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def tokenize(
     entries, held_entries = entries_of(spans), entries_of(held)
     if not entries or not held_entries:
         raise CorpusError(
-            f"{corpus.path}: found {entries} tokens with one that follows to build from and {held_entries} to "
-            "hold out, expected some of both"
+            f"{corpus.path}: found {entries} tokens with one that follows to build from and {held_entries} "
+            "to hold out, expected some of both"
         )
     for name, array in ((TRAIN, spans), (HELD_OUT, held)):
         np.ascontiguousarray(array).tofile(stage.folder / f"{name}.partial")
@@ -80,7 +80,7 @@ def entries_of(spans: NDArray[np.int64]) -> int:
 
 
 def windows(spans: NDArray[np.int64], context: int) -> NDArray[np.int64]:
-    """[windows, 2]: begin and number of the tokens that the model reads at once; each has a token that follows.
+    """[windows, 2]: begin and number of the tokens that the model reads at once; each has one that follows.
 
     A document longer than `context` is read in pieces that do not overlap.
     """
@@ -131,4 +131,5 @@ def _split(starts: NDArray[np.int64], cut: int) -> tuple[NDArray[np.int64], NDAr
     """Documents before and behind a token; one that holds it is cut in two."""
     spans = np.stack([starts[:-1], starts[1:]], axis=1)
     before, behind = np.minimum(spans, cut), np.maximum(spans, cut)
-    return tuple(part[part[:, 1] - part[:, 0] > 1] for part in (before, behind))  # type: ignore[return-value]
+    first, second = (part[part[:, 1] - part[:, 0] > 1] for part in (before, behind))
+    return first, second

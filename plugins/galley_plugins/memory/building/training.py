@@ -1,8 +1,8 @@
 """Training of a memory's network.
 
-MLP Memory (arXiv 2508.01832, section 3.2): alpha KL(teacher || memory) + (1 - alpha) cross-entropy with the token
-that follows, AdamW without decay, a linear schedule. Both terms are one cross-entropy with a mixed target. What is
-kept is the network whose mix with the model predicts the held-out text best.
+MLP Memory (arXiv 2508.01832, section 3.2): alpha KL(teacher || memory) + (1 - alpha) cross-entropy with the
+token that follows, AdamW without decay, a linear schedule. Both terms are one cross-entropy with a mixed
+target. What is kept is the network whose mix with the model predicts the held-out text best.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Places:
         return torch.from_numpy(self._keys[rows]).to(self._device).float()
 
     def targets(self, rows: NDArray[np.int64], outputs: int, alpha: float) -> torch.Tensor:
-        """float32 [rows, outputs]: alpha of the teacher's distribution, the rest on the token that follows."""
+        """float32 [rows, outputs]: alpha of the teacher's distribution, the rest on the following token."""
         target = torch.zeros(len(rows) * outputs, device=self._device)
         if self._teacher is None:
             alpha = 0.0
@@ -267,7 +267,7 @@ def _step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), MOST_GRADIENT)
     optimizer.step()
-    return loss.item()
+    return float(loss.item())
 
 
 def _rows(places: int, schedule: Schedule, step: int) -> NDArray[np.int64]:
