@@ -6,16 +6,15 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from galley_plugins.memory.building.build import device_of
 from galley_plugins.memory.building.corpus import Corpus, CorpusError
 from galley_plugins.memory.building.mixture import mixture
-from galley_plugins.memory.building.neighbours import Neighbours
-from galley_plugins.memory.building.stages import StageError, opened
 from galley_plugins.memory.building.states import StateReader
-from galley_plugins.memory.building.teacher import QUERIES, probabilities
 from galley_plugins.memory.building.training import following_columns, following_probabilities
 from galley_plugins.memory.checkpoint import Base, check_base, load_network, memory_folder
+from galley_plugins.memory.knn import KnnLm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,17 +50,16 @@ def evaluate(
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     folder = memory_folder(path)
-    settings = check_base(folder, Base.of(model, tokenizer))
+    base = Base.of(model, tokenizer)
+    settings = check_base(folder, base)
     network, columns = load_network(folder, settings, model)
     where = device_of(device)
     network = network.to(where)
-    search = _KnnLm(path, settings.sizes.inputs, where) if knn else None
+    search = KnnLm(path, base, where) if knn else None
     reader = StateReader(model, settings.layer, where)
     parts: dict[str, list[NDArray[Any]]] = {"plain": [], "memory": [], "knn": []}
     pieces = _windows(Corpus(text), tokenizer, context, windows)
     told = advance(sum(len(ids) - 1 for ids in pieces))
-    import torch
-
     for ids in pieces:
         row = torch.from_numpy(ids.astype(np.int64))[None]
         states, likelihoods = reader.states_and_likelihoods(row[:, :-1], row[:, 1:])
@@ -70,7 +68,7 @@ def evaluate(
         parts["plain"].append(likelihoods[0].cpu().numpy())
         parts["memory"].append(following_probabilities(network, keys, following_columns(following, columns)))
         if search is not None:
-            parts["knn"].append(search(keys, following))
+            parts["knn"].append(search.following(keys, following))
         told(len(ids) - 1)
     plain = np.concatenate(parts["plain"])
     rows = [_row("plain", None, -float(plain.mean()), -float(plain.mean()))]
@@ -79,35 +77,6 @@ def evaluate(
         mix = mixture(plain, np.concatenate(parts[name]), weight)
         rows.append(_row("kNN-LM" if name == "knn" else name, weight, mix.nats, mix.plain))
     return {"tokens": len(plain), "rows": rows}
-
-
-class _KnnLm:
-    """kNN-LM over a build's datastore."""
-
-    def __init__(self, path: Path, width: int, device: Any) -> None:
-        from galley_plugins.memory.building.datastore import KEYS, VALUES
-
-        datastore, index, teacher = (opened(path / name) for name in ("datastore", "index", "teacher"))
-        if datastore is None or index is None or teacher is None:
-            raise StageError(
-                f"{path}: found no whole datastore, index and teacher, expected a build with them"
-            )
-        keys = datastore.read(KEYS, "float16", width)
-        self._values = datastore.read(VALUES, "int32")
-        self._neighbours = Neighbours.of(index, keys, device)
-        self._k = int(teacher.result["k"])
-        self._temperature = float(teacher.result["temperature"])
-        self.weight = float(teacher.result["knn"]["weight"])
-
-    def __call__(self, keys: NDArray[np.float16], following: NDArray[np.int32]) -> NDArray[np.float64]:
-        found = []
-        for start in range(0, len(keys), QUERIES):
-            distances, entries = self._neighbours.search(keys[start : start + QUERIES], self._k)
-            tokens = self._values[entries]
-            found.append(
-                probabilities(distances, tokens, following[start : start + QUERIES], self._temperature)
-            )
-        return np.concatenate(found)
 
 
 def _windows(corpus: Corpus, tokenizer: Any, context: int, most: int | None) -> list[NDArray[np.int32]]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 OFFSETS, TOKENS, PROBS = "offsets.i64", "tokens.i32", "probs.f16"
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 QUERIES = 4096  # searched at once
-MOST_WEIGHED = 1 << 14  # held-out places that the temperature is chosen by
+MOST_WEIGHED = 1 << 15  # held-out places that the temperature is chosen by
 
 
 def write_teacher(
