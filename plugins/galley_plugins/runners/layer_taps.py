@@ -123,15 +123,23 @@ def _keep(mlp: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     mlp.galley_tap[: states.shape[0]].copy_(states)
 
 
-def looked_into(modules: Iterable[Any]) -> bool:
-    """Whether a module has a hook with something to do in this step, or a forward pass of its own."""
+def looked_into(modules: Iterable[Any], but: type[LayerHook] | None = None) -> bool:
+    """Whether a module has a hook with something to do in this step, or a forward pass of its own.
+
+    Args:
+        but: hooks whose work the caller does itself.
+    """
     for module in modules:
         if "forward" in module.__dict__:
             return True
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            if hooks and not all(isinstance(hook, LayerHook) and hook.idle() for hook in hooks.values()):
+            if not all(_idle(hook) or (but is not None and isinstance(hook, but)) for hook in hooks.values()):
                 return True
     return False
+
+
+def _idle(hook: Any) -> bool:
+    return isinstance(hook, LayerHook) and hook.idle()
 
 
 def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
