@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -43,10 +43,11 @@ class MixReference:
     Args:
         model: the model's folder.
         memories: folders of memories.
+        loaded: a model of transformers in place of the folder's.
     """
 
-    def __init__(self, model: Path, memories: Sequence[Path]) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    def __init__(self, model: Path, memories: Sequence[Path], loaded: Any = None) -> None:
+        self._model = loaded or AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._memories = []
         for folder in memories:
             settings = load_settings(folder)

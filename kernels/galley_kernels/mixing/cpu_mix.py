@@ -32,14 +32,19 @@ def mix(
 ) -> torch.Tensor:
     """float32 [rows, vocabulary]."""
     (rows, vocabulary), count = logits.shape, other.shape[1]
+    out = torch.empty(rows, vocabulary)
+    if not out.numel():
+        return out
     logits, other, weight = _dense(logits), _dense(other), weight.float().contiguous()
     places = None if columns is None else columns.contiguous()
-    out = torch.empty(rows, vocabulary)
-    if out.numel():
-        _library().galley_mix(
-            logits.data_ptr(), other.data_ptr(), weight.data_ptr(), None if places is None else places.data_ptr(),
-            out.data_ptr(), rows, vocabulary, count, logits.stride(0), other.stride(0), torch.get_num_threads(),
-        )  # fmt: skip
+    pointers = (
+        logits.data_ptr(),
+        other.data_ptr(),
+        weight.data_ptr(),
+        places.data_ptr() if places is not None else None,
+    )
+    sizes = (rows, vocabulary, count, logits.stride(0), other.stride(0))
+    _library().galley_mix(*pointers, out.data_ptr(), *sizes, torch.get_num_threads())
     return out
 
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from galley_plugins.memory.options import MemoryOptions
 
 
+class UnsuitableMemoryError(ValueError):
+    """A memory cannot be mixed with this model; the message says why."""
+
+
 class Memory(Protocol):
     """
     Attributes:
@@ -90,6 +94,30 @@ def _folder(model_config: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+
+
+def check_memories(options: Sequence[MemoryOptions], model: Path | str) -> None:
+    """Compare memories with the model that they are to be mixed with, before anything is loaded.
+
+    Args:
+        model: a folder; of a model that is still to be fetched nothing is known yet.
+
+    Raises:
+        UnsuitableMemoryError: one was made for another model, is none, or all shares together exceed 1.
+    """
+    from galley_plugins.memory.checkpoint import Base, check_base
+
+    if not Path(model).is_dir():
+        return
+    try:
+        base = Base.of(Path(model))
+        shares = {}
+        for each in options:
+            own = check_base(Path(each.path), base).weight
+            shares[each.name] = own if each.weight is None else each.weight
+        check_shares(shares, "memory")
+    except (ValueError, OSError) as error:
+        raise UnsuitableMemoryError(str(error)) from None
 
 
 def load_memories(
