@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from galley_plugins.memory.mixed_model import Mix, own_states, plain
+from galley_plugins.memory.mixed_model import Mix, mixing_class, own_states, plain
 from galley_plugins.memory.served import NamedMemory
 from galley_plugins.runners.layer_taps import looked_into
 
@@ -188,6 +189,20 @@ def test_names_of_parameters_and_the_kind_of_the_model_stay(model: Model) -> Non
     assert type(model).__name__ == "Model"
     assert list(dict(model.named_parameters())) == names
     assert set(model.state_dict()) == tensors
+
+
+def test_what_vllm_asks_of_a_class_is_as_before() -> None:
+    from vllm.model_executor.models.interfaces import supports_lora, supports_pp
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    mixing = mixing_class(LlamaForCausalLM)
+    assert mixing_class(LlamaForCausalLM) is mixing
+    assert issubclass(mixing, LlamaForCausalLM)
+    assert supports_lora(mixing)
+    assert supports_pp(mixing)
+    assert mixing.packed_modules_mapping == LlamaForCausalLM.packed_modules_mapping
+    for name in ("forward", "compute_logits"):
+        assert inspect.signature(getattr(mixing, name)) == inspect.signature(getattr(LlamaForCausalLM, name))
 
 
 def test_drafts_of_the_model_itself_run_without_memories(model: Model) -> None:
