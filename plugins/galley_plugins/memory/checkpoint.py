@@ -1,8 +1,8 @@
 """A memory on disk: a folder with `galley_memory.json` and `memory.safetensors`, whole or not there.
 
-The settings say everything that serving needs: the layer that is read, the memory's share of the mix, sizes, and
-hashes of the model, the tokenizer and the corpus. Tensors are those of `network.MemoryNetwork`, float32, float16
-or bfloat16, and `columns` int32 [outputs], the tokens that the output layer has rows for, where those are not
+The settings say everything that serving needs: the layer that is read, the memory's share of the mix, sizes,
+and hashes of the model, the tokenizer and the corpus. Tensors are those of `network.MemoryNetwork`, float32,
+float16 or bfloat16, and `columns` int32 [outputs], the tokens that the output layer has rows for, where those are not
 all. Without `lm_head.weight` the output layer is the model's own.
 
 The authors' folders (`mlp_memory_config.json` beside `knn_generator/`) are read too.
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 SETTINGS, WEIGHTS = "galley_memory.json", "memory.safetensors"
+MEMORY = "memory"  # the memory's folder in that of a build
 RELEASED, GENERATOR = "mlp_memory_config.json", "knn_generator"
 FORMAT = 1
 HEAD = "lm_head.weight"
@@ -164,6 +165,11 @@ def save_memory(folder: Path, settings: MemorySettings, tensors: Mapping[str, to
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def memory_folder(path: Path) -> Path:
+    """The memory's own folder, where `path` is that of a build."""
+    return path / MEMORY if (path / MEMORY / SETTINGS).is_file() else path
+
+
 def load_settings(folder: Path) -> MemorySettings:
     """
     Raises:
@@ -231,7 +237,7 @@ def load_network(
     if columns is not None:
         vocabulary = settings.base.vocabulary if settings.base is not None else settings.sizes.outputs
         if columns.shape != (settings.sizes.outputs,) or not (
-            bool((columns.diff() > 0).all()) and 0 <= int(columns[0]) and int(columns[-1]) < vocabulary
+            bool((columns.diff() > 0).all()) and int(columns[0]) >= 0 and int(columns[-1]) < vocabulary
         ):
             raise MemoryFileError(
                 f"memory: {folder}: columns: found {list(columns.shape)}, expected {settings.sizes.outputs} "
@@ -326,7 +332,7 @@ def load_served(
     Raises:
         MemoryFileError: it is not one of this model, or damaged.
     """
-    folder = Path(path)
+    folder = memory_folder(Path(path))
     settings = check_base(folder, Base.of(model))
     network, columns = load_network(folder, settings, model)
     return settings, network.to(device, dtype), None if columns is None else columns.to(device)

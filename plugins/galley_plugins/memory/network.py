@@ -1,8 +1,8 @@
 """The network of a memory: blocks of a model's own MLP, each position by itself, and an output layer.
 
-MLP Memory (arXiv 2508.01832, section 3; sizes and names of tensors as in the authors' code): pre-norm residual
-blocks, a last norm, and logits over the next token. Two families: Llama's (RMSNorm, SwiGLU) and GPT-2's
-(LayerNorm, GELU, biases). States of another width than the blocks' go through a linear layer first.
+MLP Memory (arXiv 2508.01832, section 3; sizes and names of tensors as in the authors' code): pre-norm
+residual blocks, a last norm, and logits over the next token. Two families: Llama's (RMSNorm, SwiGLU) and
+GPT-2's (LayerNorm, GELU, biases). States of another width than the blocks' go through a linear layer first.
 """
 
 from __future__ import annotations
