@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 V2_ON_CPU = Path(__file__).parents[1] / "support" / "v2_on_cpu"
-ENVIRONMENT = {"PYTHONPATH": str(V2_ON_CPU), "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join([str(V2_ON_CPU), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
 OPTIONS = {**FLOAT32, "max-model-len": 512, "max-num-batched-tokens": 64, "max-num-seqs": 8}
 PROMPT = "The capital of France is"
 
