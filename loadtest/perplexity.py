@@ -45,9 +45,16 @@ def log_likelihoods(rows: Sequence[dict[str, dict[str, Any]] | None], ids: Seque
     return [row[str(token)]["logprob"] for row, token in zip(rows, ids, strict=True) if row is not None]
 
 
-def prompt_logprobs(server: Server, ids: list[int]) -> list[dict[str, dict[str, Any]] | None]:
+def prompt_logprobs(server: Server, ids: list[int], **fields: Any) -> list[dict[str, dict[str, Any]] | None]:
     """For each token of a prompt what its log-probability was; None for the first."""
-    body = {"model": NAME, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    body: dict[str, Any] = {
+        "model": NAME,
+        "prompt": ids,
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": 0,
+    }
+    body |= fields
     answer = server.client.post("/v1/completions", json=body)
     answer.raise_for_status()
     rows: list[dict[str, dict[str, Any]] | None] = answer.json()["choices"][0]["prompt_logprobs"]

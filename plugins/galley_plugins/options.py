@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from galley_plugins.embedding.options import EmbeddingOptions
+from galley_plugins.memory.options import MemoryOptions
 from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 
@@ -29,6 +30,7 @@ class PluginOptions:
             `step_tokens`.
         speculation: draft and verify; None is off.
         quantization: what is quantized while loading, and how packed weights are computed with.
+        memory: what is mixed into the model's distribution.
     """
 
     embedding: EmbeddingOptions | None = None
@@ -38,6 +40,7 @@ class PluginOptions:
     embed_step_tokens: int | None = None
     speculation: SpeculationOptions | None = None
     quantization: ServingOptions = field(default_factory=ServingOptions)
+    memory: tuple[MemoryOptions, ...] = ()
 
     @property
     def pools(self) -> bool:
@@ -62,9 +65,11 @@ class PluginOptions:
         values = dict(values)
         speculation, embedding = values.pop("speculation", None), values.pop("embedding", None)
         quantization = values.pop("quantization", {})
+        memory = values.pop("memory", ())
         return cls(
             **values,
             embedding=None if embedding is None else EmbeddingOptions.from_values(embedding),
             speculation=None if speculation is None else SpeculationOptions.from_values(speculation),
             quantization=ServingOptions.from_values(quantization),
+            memory=MemoryOptions.from_values(memory),
         )

@@ -74,6 +74,11 @@ class StatusEndpoint:
             if speculation.tables is not None:
                 save_before_shutdown(engine_client)
             validate_requests(runs_alone=not vllm_config.use_v2_model_runner)
+        if options.generate:
+            from galley_plugins.memory import frontend as memory_frontend
+
+            memories = workers[0].get("memory", ())
+            memory_frontend.validate_requests({each["name"]: each["weight"] for each in memories})
         if options.embedding is not None:
             from galley_plugins.embedding.frontend import install
 

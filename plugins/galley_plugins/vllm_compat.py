@@ -113,6 +113,7 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "speculation-frontend": (
         ("vllm.sampling_params", "SamplingParams._validate_spec_decode", "checks vllm_xargs"),
     ),
+    "memory-frontend": (("vllm.sampling_params", "SamplingParams.verify", "checks vllm_xargs"),),
     "bidirectional": (
         (
             "vllm.v1.attention.backend",

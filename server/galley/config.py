@@ -165,6 +165,21 @@ class QuantizationConfig(_Frozen):
     )
 
 
+class MemoryConfig(_Frozen):
+    """A memory that is mixed into the model's next-token distribution."""
+
+    path: Path = Field(description="its folder")
+    name: str = Field(
+        "memory", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="what requests call it"
+    )
+    weight: float | None = Field(None, ge=0, le=1, description="its share; without one, that in its folder")
+
+
+def _listed(value: Any) -> Any:
+    """Accept one mapping in place of a list of one."""
+    return [value] if isinstance(value, dict) else value
+
+
 def _flag_name(value: Any) -> Any:
     """Accept `max_model_len` and `max-model-len` alike as the name of an engine option."""
     if not isinstance(value, dict):
@@ -204,6 +219,7 @@ class ModelConfig(_Frozen):
     embedding: EmbeddingConfig = EmbeddingConfig()
     speculation: SpeculationConfig | None = Field(None, description="draft and verify; off without it")
     quantization: QuantizationConfig = QuantizationConfig()
+    memory: Annotated[tuple[MemoryConfig, ...], BeforeValidator(_listed)] = ()
     engine: EngineOptions = Field({}, description="any option of `vllm serve`, by its flag name")
     env: dict[str, str] = Field({}, description="environment variables of the worker")
     urls: tuple[HttpUrl, ...] = Field((), description="workers that run already; galley starts none then")
@@ -230,6 +246,16 @@ class ModelConfig(_Frozen):
     def _check_speculation(self) -> ModelConfig:
         if self.speculation is not None and "generate" not in self.tasks:
             raise ValueError(f"speculation: model {self.name!r} does not generate")
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> ModelConfig:
+        if self.memory and "generate" not in self.tasks:
+            raise ValueError(f"memory: model {self.name!r} does not generate")
+        names = [memory.name for memory in self.memory]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"memory: model {self.name!r} has two of the name {twice[0]!r}")
         return self
 
     @property

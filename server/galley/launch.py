@@ -33,6 +33,9 @@ def worker_command(model: ModelConfig, host: str, port: int) -> list[str]:
     quantization = model.quantization.model_dump(mode="json", exclude_unset=True)
     if quantization:
         command += ["--quantization", json.dumps(quantization)]
+    if model.memory:
+        memories = [each.model_dump(mode="json", exclude_unset=True) for each in model.memory]
+        command += ["--memory", json.dumps(memories)]
     if model.engine:
         command += ["--engine", json.dumps(model.engine)]
     return command

@@ -19,6 +19,7 @@ from galley_plugins.quantization.plan import Plan
 from loadtest.perplexity import log_likelihoods, prompt_logprobs
 from loadtest.servers import FLOAT32, NAME, galley_worker
 from tests.e2e.texts import PROMPTS
+from tests.support.small_memory import MixReference, make_memory
 
 if TYPE_CHECKING:
     from loadtest.servers import Server
@@ -116,14 +117,21 @@ def rounded_model(folder: Path, shallow: str) -> Any:
 
 
 def test_integer_activations_beside_drafts_and_embeddings(shallow: str, tmp_path: Path) -> None:
-    """All layers in one decoder; embeddings look between them, and drafts change nothing of a row."""
+    """All layers in one decoder; embeddings look between them, and drafts change nothing of a row.
+
+    A memory that was made for the plain model reads from the decoder what enters an MLP.
+    """
     out = tmp_path / "quantized"
     quantize_checkpoint(Path(shallow), out, Plan.from_values({"method": "finequant+easyquant"}))
+    memory = make_memory(tmp_path / "memory", Path(shallow), layer=5, weight=0, seed=1)
     flags = ("--embedding", '{"method": "token-prepending"}', "--speculation", '{"method": "hybrid"}')
+    flags += ("--memory", json.dumps({"path": str(memory)}))
     with galley_worker(OPTIONS, *flags, weights=str(out)) as server:
         assert server.client.get("/galley/status").json()["workers"][0]["integer_layers"] == 8
         ids = AutoTokenizer.from_pretrained(shallow)(" ".join(PROMPTS))["input_ids"][:192]
         found = torch.tensor(log_likelihoods(prompt_logprobs(server, ids), ids))
+        rows = prompt_logprobs(server, ids, vllm_xargs={"memory_weight": 0.8})
+        mixed = torch.tensor(log_likelihoods(rows, ids))
         drafted = [ask(server, prompt) for prompt in PROMPTS[:4]]
         plain = [ask(server, prompt, vllm_xargs={"speculation": False}) for prompt in PROMPTS[:4]]
         with ThreadPoolExecutor(5) as pool:
@@ -136,6 +144,10 @@ def test_integer_activations_beside_drafts_and_embeddings(shallow: str, tmp_path
     # to the last bit; but what is found is nearer to this rounding than to none.
     assert off < 0.06
     assert off < 0.75 * float((found - whole).abs().mean())
+    mix = MixReference(Path(shallow), [memory], rounded_model(out, shallow)).log_probs(ids, [0.8])
+    expected = mix[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    assert float((mixed - expected).abs().mean()) < 0.06
+    assert float((mixed - found).abs().mean()) > 0.5
     assert drafted == plain
     assert len(vectors.result()) == len(PROMPTS)
     assert all(len(answer) == TOKENS for answer in together)

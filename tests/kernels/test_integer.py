@@ -188,6 +188,8 @@ def test_decoder_layers_are_norms_maps_and_a_gate(dtype: torch.dtype, rows: int)
     attentions = [torch.randn(rows, QUERIES, HEAD).to(dtype) for _ in made]
 
     state, before = x.double(), x.clone()
+    kept = torch.zeros(rows + 2, HIDDEN, dtype=dtype)
+    decoder.keep(1, kept)
     step = decoder.begin(positions, x)
     enough = {torch.float32: 1e-4, torch.bfloat16: 1e-2}[dtype]
     for place, ((layer, matrices), attention) in enumerate(zip(made, attentions, strict=True)):
@@ -195,13 +197,40 @@ def test_decoder_layers_are_norms_maps_and_a_gate(dtype: torch.dtype, rows: int)
         qkv[:, : QUERIES + KEYS] = turned(qkv[:, : QUERIES + KEYS], angles[positions])
         assert relative_error(step.qkv, qkv) < enough
         state = state + exact(attention.view(rows, -1).double(), matrices["output"])
-        gate, up = exact(normed(state, layer.attention_norm), matrices["gate_up"]).chunk(2, -1)
+        entering = normed(state, layer.attention_norm)
+        gate, up = exact(entering, matrices["gate_up"]).chunk(2, -1)
         state = state + exact(torch.nn.functional.silu(gate) * up, matrices["down"])
         step.attention.copy_(attention)
         decoder.follow(place, step)
     assert step.result.dtype == dtype
     assert relative_error(step.result, normed(state, final)) < enough
     assert torch.equal(x, before)  # the residual is a copy
+    assert relative_error(kept[:rows], entering) < enough
+    assert not kept[rows:].any()
+    decoder.keep(1, None)
+    kept.zero_()
+    decoder.follow(1, step)
+    assert not kept.any()
+
+
+def test_rows_that_cannot_be_kept_are_refused() -> None:
+    layer, _ = some_layer(4, 0.0)
+    decoder = IntegerDecoder(
+        [layer],
+        torch.ones(HIDDEN),
+        torch.ones(4, ROTARY),
+        query_heads=QUERIES,
+        key_heads=KEYS,
+        head=HEAD,
+        epsilon=1e-5,
+        dtype=torch.float32,
+    )
+    with pytest.raises(
+        ValueError, match=r"found rows torch.bfloat16 \[3, 64\], expected torch.float32 \[row"
+    ):
+        decoder.keep(0, torch.zeros(3, HIDDEN, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"found rows torch.float32 \[3, 32\]"):
+        decoder.keep(0, torch.zeros(3, HIDDEN // 2))
 
 
 def test_the_gate_holds_at_both_ends() -> None:

@@ -13,7 +13,7 @@ from galley_kernels import mix_log_probs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.parametrize("implementation", ["reference", "torch", "triton"])
+pytestmark = pytest.mark.parametrize("implementation", ["reference", "torch", "cpu", "triton"])
 
 
 def test_a_mix_worked_by_hand(call: Callable[..., Any]) -> None:
@@ -46,6 +46,29 @@ def test_tokens_that_one_or_both_rule_out(call: Callable[..., Any]) -> None:
     quarter, half = math.log(0.25), math.log(0.5)
     assert mixed[0].tolist() == pytest.approx([quarter, quarter, half, never], abs=1e-6)
     assert mixed[1].tolist() == pytest.approx([never, never, never, 0.0], abs=1e-6)
+
+
+def test_a_distribution_over_some_tokens_leaves_the_others_their_share(call: Callable[..., Any]) -> None:
+    half = math.log(0.5)
+    logits = torch.tensor([[half, -20.0, math.log(0.25), math.log(0.25)], [0.0, 0.0, 0.0, 0.0]])
+    other = torch.tensor([[math.log(3.0), 0.0], [float("-inf"), 5.0]])  # of tokens 3 and 0
+    mixed = call(mix_log_probs, logits, other, torch.tensor([0.2, 1.0]), torch.tensor([3, 0]))
+    expected = [0.8 * 0.5 + 0.2 * 0.25, 0.8 * 0.25, 0.8 * 0.25 + 0.2 * 0.75]
+    assert mixed[0, [0, 2, 3]].exp().tolist() == pytest.approx(expected, abs=1e-6)
+    assert mixed[1].tolist() == [pytest.approx(0.0, abs=1e-6), *[float("-inf")] * 3]
+
+
+def test_many_tokens_in_any_order_equal_the_rest_ruled_out(call: Callable[..., Any]) -> None:
+    torch.manual_seed(2)
+    logits, weight = torch.randn(3, 1003) * 4, torch.tensor([0.0, 0.4, 1.0])
+    columns = torch.randperm(1003)[:301]
+    other = torch.randn(3, 301) * 4
+    whole = torch.full((3, 1003), float("-inf")).index_copy_(1, columns, other)
+    expected = mix_log_probs(logits, whole, weight, implementation="reference")
+    mixed = call(mix_log_probs, logits, other, weight, columns)
+    assert torch.equal(torch.isfinite(mixed), torch.isfinite(expected))
+    finite = torch.isfinite(expected)
+    assert torch.allclose(mixed[finite], expected[finite], atol=1e-5)
 
 
 def test_shifted_logits_and_rows_with_gaps_make_no_difference(call: Callable[..., Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from galley_plugins.embedding.options import EmbeddingOptions
+from galley_plugins.memory.options import MemoryOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.quantization.serving_options import ServingOptions
 
@@ -22,6 +23,7 @@ def configured(additional: Any) -> SimpleNamespace:
         PluginOptions(),
         PluginOptions(embedding=EmbeddingOptions()),
         PluginOptions(embedding=EmbeddingOptions(method="token-prepending", exit_layer=5), step_tokens=48),
+        PluginOptions(memory=(MemoryOptions("/m", "wiki", 0.5), MemoryOptions("/n", "code"))),
         PluginOptions(quantization=ServingOptions(activations="float", output_bits=None)),
         PluginOptions(
             quantization=ServingOptions(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
 
 from galley_plugins import progress, registration
 from galley_plugins.status import PluginMissingError, StatusEndpoint, check_processes
@@ -81,6 +83,12 @@ def test_only_the_processes_at_fault_are_named() -> None:
     assert "engine core" not in message
 
 
+@pytest.fixture(autouse=True)
+def vllms_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes back what an API server's plugins do to it."""
+    monkeypatch.setattr(SamplingParams, "verify", SamplingParams.verify)
+
+
 class Engine:
     """An engine client whose worker processes answer with their reports."""
 
@@ -127,6 +135,16 @@ def test_the_status_page_shows_versions_workers_and_processes(
         "processes": [{"process": "MainProcess", "pid": 10}, {"process": "EngineCore", "pid": 20}],
     }
     assert progress.read()[-1]["stage"] == "ready"
+
+
+def test_weights_of_memories_are_checked_by_what_the_workers_report(status_file: Path) -> None:
+    engine = Engine(20)
+    engine.workers[0]["memory"] = [{"name": "wiki", "layer": 20, "weight": 0.25}]
+    initialise(StatusEndpoint(), engine)
+    with pytest.raises(
+        VLLMValidationError, match=r"found memory_weight\.code, expected .*memory_weight\.wiki"
+    ):
+        SamplingParams(extra_args={"memory_weight.code": 0.5}).verify(None, None, None, None)
 
 
 def test_a_worker_that_lacks_the_plugins_keeps_the_server_from_becoming_ready(

@@ -184,3 +184,28 @@ def test_wrong_options_of_speculation_are_named(file, text, key):
 def test_a_model_that_only_embeds_cannot_speculate(file):
     [problem] = problems(path=file("models: [{name: m, tasks: [embed], speculation: {}}]"))
     assert "does not generate" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{}", "models.0.memory.0.path: missing"),
+        ("{path: m, weight: 2}", "models.0.memory.0.weight: found 2"),
+        ("{path: m, name: a.b}", "models.0.memory.0.name: found 'a.b'"),
+        ("[{path: m, name: a}, {path: n, nam: b}]", "models.0.memory.1.nam: unknown setting"),
+        ("3", "models.0.memory: found 3"),
+    ],
+)
+def test_wrong_options_of_a_memory_are_named(file, text, expected):
+    [problem] = problems(path=file(f"models: [{{name: m, memory: {text}}}]"))
+    assert problem.startswith(expected)
+
+
+def test_memories_of_one_model_have_names_of_their_own(file):
+    [problem] = problems(path=file("models: [{name: m, memory: [{path: a}, {path: b}]}]"))
+    assert "has two of the name 'memory'" in problem
+
+
+def test_a_model_that_only_embeds_has_no_distribution_for_a_memory(file):
+    [problem] = problems(path=file("models: [{name: m, tasks: [embed], memory: {path: a}}]"))
+    assert "memory: model 'm' does not generate" in problem

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 
+import pytest
+
 from galley.config import ModelConfig
 from galley.launch import worker_command, worker_environment
 
@@ -93,6 +95,34 @@ def test_gateway_and_worker_agree_on_the_defaults_of_speculation():
     from galley_plugins.speculation.options import SpeculationOptions
 
     assert SpeculationConfig().model_dump() == dataclasses.asdict(SpeculationOptions())
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"path": "/memories/wiki"},
+        [
+            {"path": "/memories/wiki", "name": "wiki", "weight": 0.5},
+            {"path": "/memories/code", "name": "code"},
+        ],
+    ],
+    ids=["one", "two"],
+)
+def test_memories_reach_the_worker_as_they_were_configured(memory):
+    from galley_plugins.memory.options import MemoryOptions
+    from galley_plugins.worker.spec import parse
+
+    assert "--memory" not in worker_command(ModelConfig(name="m"), "127.0.0.1", 4321)
+    model = ModelConfig(name="m", memory=memory)
+    found = parse(worker_command(model, "127.0.0.1", 4321)[3:]).memory
+    assert found == MemoryOptions.from_values(memory)
+
+
+def test_gateway_and_worker_agree_on_the_defaults_of_a_memory():
+    from galley.config import MemoryConfig
+    from galley_plugins.memory.options import MemoryOptions
+
+    assert MemoryConfig(path="/m").model_dump(mode="json") == dataclasses.asdict(MemoryOptions("/m"))
 
 
 def test_quantization_reaches_the_worker_as_it_was_configured():

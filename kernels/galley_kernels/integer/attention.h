@@ -19,10 +19,6 @@ namespace galley {
 constexpr int64_t TOKENS = 32, CHUNK = 512;
 constexpr int QUERIES = 3;  // at once: what registers hold
 
-typedef float Lanes __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(32)));
-
 // Where keys and values are, and whose they are; a request's rows are its last tokens.
 struct Attention {
     void* const* caches;  // of each layer
@@ -33,42 +29,6 @@ struct Attention {
     int64_t requests, table, block, block_stride, head_stride;
     double scale;
 };
-
-inline Lanes lanes(const float* from) {
-    Lanes made;
-    std::memcpy(&made, from, sizeof made);
-    return made;
-}
-inline Lanes lanes(const uint16_t* from) {
-    Halves half;
-    std::memcpy(&half, from, sizeof half);
-    const Words words = __builtin_convertvector(half, Words) << 16;
-    Lanes made;
-    std::memcpy(&made, &words, sizeof made);
-    return made;
-}
-inline void put(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
-inline Lanes all(float value) { return Lanes{} + value; }
-
-// e to the power of x: 2 to a whole number times a polynomial of what is left (the coefficients of Cephes' expf).
-inline Lanes exponential(Lanes x) {
-#ifdef GALLEY_AVX2
-    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.3f)), _mm256_set1_ps(88.3f));
-    const __m256 whole = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)),
-                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m256 left = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0.693359375f), x);
-    left = _mm256_fnmadd_ps(whole, _mm256_set1_ps(-2.12194440e-4f), left);
-    __m256 made = _mm256_set1_ps(1.9875691500e-4f);
-    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        made = _mm256_fmadd_ps(made, left, _mm256_set1_ps(next));
-    made = _mm256_fmadd_ps(made, _mm256_mul_ps(left, left), _mm256_add_ps(left, _mm256_set1_ps(1)));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(made, _mm256_castsi256_ps(power));
-#else
-    for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
-    return x;
-#endif
-}
 
 // A row's key and value, of every key head, into the cache. `row` is of [queries | keys | values].
 template <typename Number>

@@ -30,6 +30,7 @@ struct Layer {
     const float* input_norm;      // [hidden]
     const float* attention_norm;  // [hidden]
     Linear qkv, output, gate_up, down;
+    void* kept;  // [rows][hidden], in the result's type: what enters gate_up; or null
 };
 
 struct Decoder {
@@ -175,9 +176,10 @@ inline void attend(const Decoder& decoder, const Layer& layer, const Step& step,
 
 // The residual's norm as a map's input.
 inline void enter(const Decoder& decoder, const float* weights, const Linear& map, const Step& step, int64_t first,
-                  int64_t row, int64_t rows, Scratch& scratch, Needs needs) {
-    norm(step.residual + (first + row) * decoder.hidden, weights, decoder.epsilon,
-         scratch.input.x + row * map.inputs, decoder.hidden);
+                  int64_t row, int64_t rows, Scratch& scratch, Needs needs, void* kept = nullptr) {
+    float* own = scratch.input.x + row * map.inputs;
+    norm(step.residual + (first + row) * decoder.hidden, weights, decoder.epsilon, own, decoder.hidden);
+    if (kept) write(kept, decoder.is_float, (first + row) * decoder.hidden, own, decoder.hidden);
     galley::round_row(scratch.input, row, rows, map.inputs, needs);
 }
 
@@ -210,7 +212,7 @@ void follow(const Decoder& decoder, const Layer& layer, const Layer* next, const
         float* residual = step.residual + (first + row) * hidden;
         add(residual, made + row * hidden, hidden);
         if (output.bias) add(residual, output.bias, hidden);
-        enter(decoder, layer.attention_norm, gate_up, step, first, row, rows, scratch, needs[1]);
+        enter(decoder, layer.attention_norm, gate_up, step, first, row, rows, scratch, needs[1], layer.kept);
     }
     product(gate_up, scratch.input, rows, made);
 #pragma omp for schedule(static)

@@ -44,6 +44,7 @@ class _Layer(ctypes.Structure):
         ("input_norm", ctypes.c_void_p),
         ("attention_norm", ctypes.c_void_p),
         *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
+        ("kept", ctypes.c_void_p),
     ]
 
 
@@ -247,6 +248,23 @@ class IntegerDecoder:
         step = Step(self, positions, embeddings)
         self._begin(self._address, self._places[0], step.address)
         return step
+
+    def keep(self, layer: int, rows: torch.Tensor | None) -> None:
+        """Let the passes to come write what enters a layer's gates, normed; None for no longer.
+
+        Args:
+            rows: of the decoder's type, [rows of the largest pass or more, hidden]; the caller keeps it.
+
+        Raises:
+            ValueError: it is of another type or width.
+        """
+        if rows is not None and not (
+            rows.dtype == self.dtype and rows.shape[1:] == (self.hidden,) and rows.is_contiguous()
+        ):
+            raise ValueError(
+                f"found rows {rows.dtype} {list(rows.shape)}, expected {self.dtype} [rows, {self.hidden}]"
+            )
+        self._structures[layer].kept = None if rows is None else rows.data_ptr()
 
     @property
     def attends(self) -> bool:

@@ -32,7 +32,8 @@ class Matrix(ctypes.Structure):
 def library() -> Any:
     """The compiled code, built the first time; None where there is no compiler."""
     folder = Path(__file__).parent
-    found = compiler.load(folder / "decoder.cpp", folder / "attention.h", folder / "products.h")
+    headers = (folder / "attention.h", folder / "products.h", folder.parent / "lanes.h")
+    found = compiler.load(folder / "decoder.cpp", *headers)
     if found is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int
         found.galley_integer_linear.argtypes = [pointer, pointer, pointer, ctypes.c_int64, number, number]

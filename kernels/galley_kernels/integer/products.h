@@ -12,10 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
-#define GALLEY_AVX2 1
-#endif
+#include "../lanes.h"
 
 namespace galley {
 

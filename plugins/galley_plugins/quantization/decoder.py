@@ -4,7 +4,7 @@ vLLM runs a layer as some twenty operations, each called from Python; with 4-bit
 longer than the products. Here a whole pass is one call (`galley_kernels.integer`), on processors where vLLM
 keeps keys and values in the layout that it reads, for requests that attend to all before them. Elsewhere,
 and for drafts that branch, a layer is three: keys and values into the cache, vLLM's attention, and the rest.
-Steps that something looks into between layers run as vLLM runs them.
+Steps that something looks into between layers run as vLLM runs them, but what enters an MLP is kept here too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAtte
 
 from galley_kernels.integer import DecoderLayer, IntegerDecoder, PagedCache, Requests
 from galley_plugins import vllm_compat
-from galley_plugins.runners.layer_taps import looked_into
+from galley_plugins.runners.layer_taps import MlpTap, looked_into
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,6 +110,12 @@ class DecoderForward:
         self._attends = self._decoder.attends and all(_plain(attention) for attention in self._attention)
         self._cache: PagedCache | None = None
         self._watched = [module for layer in model.layers for module in (layer, layer.self_attn, layer.mlp)]
+        self._taps = {
+            place: hook
+            for place, layer in enumerate(model.layers)
+            for hook in layer.mlp._forward_pre_hooks.values()
+            if isinstance(hook, MlpTap)
+        }
 
     def __call__(
         self,
@@ -127,9 +133,11 @@ class DecoderForward:
             or more
             or intermediate_tensors is not None
             or getattr(self._model, "aux_hidden_state_layers", None)
-            or looked_into(self._watched)
+            or looked_into(self._watched, but=MlpTap)
         ):
             return self._plain(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+        for place, tap in self._taps.items():
+            self._decoder.keep(place, None if tap.idle() else tap.buffer)
         embedded = self._model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         requests = self._plain_requests(metadata, context.slot_mapping, len(positions))
         if requests is not None and self._cache is not None:

@@ -41,6 +41,15 @@ def compose_runner(base: type[Any], options: PluginOptions, *, v2: bool) -> type
         from galley_plugins.runners.speculation_v1 import SpeculationV1
 
         mixins.append(SpeculationV1)  # after embedding, whose rows are dropped before anything is drafted
+    if options.memory:
+        if v2:
+            from galley_plugins.runners.memory_v2 import MemoryV2
+
+            mixins.append(MemoryV2)
+        else:
+            from galley_plugins.runners.memory_v1 import MemoryV1
+
+            mixins.append(MemoryV1)  # last, so that the others reach into the model that mixes
     if not mixins:
         return base
     return type(f"Galley{base.__name__}", (*mixins, base), {})

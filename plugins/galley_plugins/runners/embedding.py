@@ -11,6 +11,7 @@ import torch
 from galley_plugins.embedding.adapter import ENCODER, Base, load_settings, load_tensors
 from galley_plugins.embedding.methods import make_method
 from galley_plugins.embedding.pooling import PromptPooler, PromptRows
+from galley_plugins.memory.mixed_model import own_states
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.layer_taps import LayerTaps, TappedRows, decoder_layers
 from galley_plugins.runners.row_attention import RowAttention
@@ -54,6 +55,7 @@ class EmbeddingRows:
         self.attention = RowAttention() if self.method.bidirectional else None
         self._model_config = vllm_config.model_config
         self._generates = options.generate
+        self._model: Any = None
         self._taps: LayerTaps | None = None
         self._lora: RowLora | None = None
         self._inputs: RowInputs | None = None
@@ -77,6 +79,7 @@ class EmbeddingRows:
             ValueError: the adapter was made for another model.
         """
         method = self.method
+        self._model = model
         if method.layer is not None or method.copy_layers:
             self._taps = LayerTaps(decoder_layers(model), method.copy_layers, method.layer)
         weights = next(model.parameters())
@@ -209,11 +212,12 @@ class EmbeddingRows:
         Args:
             rows: of the batch, those of embedding requests.
             request_ids, starts, computed: as for `begin_step`.
-            hidden: [tokens, hidden], the model's output.
+            hidden: [tokens, hidden], the model's output, or more columns with a memory.
 
         Returns:
             vectors of the prompts that the step completed, on the device.
         """
+        hidden = own_states(self._model, hidden)
         tapped = self._taps.end() if self._taps is not None else None
         vectors: dict[str, torch.Tensor] = {}
         place = 0

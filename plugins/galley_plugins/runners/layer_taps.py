@@ -2,7 +2,8 @@
 
 Hooks before the decoder layers, of any vLLM model whose layers take hidden states and a residual. A step that
 has nothing to do there costs one comparison a layer. They need a model that runs as Python (`compile: off`):
-in a compiled or captured graph no hook would be called.
+in a compiled or captured graph no hook would be called. `MlpTap` works there too: what it does is part of the
+graph.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +86,60 @@ class LayerHook:
         self._hook(*args, **named)
 
 
-def looked_into(modules: Iterable[Any]) -> bool:
-    """Whether a module has a hook with something to do in this step, or a forward pass of its own."""
+class MlpTap(LayerHook):
+    """Keeps what enters a layer's MLP in a buffer of that module.
+
+    Args:
+        layer: a decoder layer.
+        buffer: [tokens of the largest step, hidden].
+        idle: whether nobody will look at this step's rows.
+        compiled: the model runs as a graph, which keeps the rows of every step.
+
+    Raises:
+        ValueError: the layer has no MLP of the usual names.
+    """
+
+    BUFFER = "galley_tap"
+
+    def __init__(self, layer: Any, buffer: torch.Tensor, idle: Callable[[], bool], *, compiled: bool) -> None:
+        mlp = next((getattr(layer, name) for name in MLP_NAMES if hasattr(layer, name)), None)
+        if mlp is None:
+            raise ValueError(
+                f"expected a decoder layer with {', '.join(MLP_NAMES)}, {type(layer).__name__} is built "
+                "otherwise"
+            )
+        super().__init__(_keep, idle)
+        self.buffer = buffer
+        mlp.register_buffer(self.BUFFER, buffer, persistent=False)
+        mlp.register_forward_pre_hook(_keep if compiled else self, with_kwargs=True)
+
+    def __call__(self, *args: Any, **named: Any) -> None:
+        if not self.idle():
+            super().__call__(*args, **named)
+
+
+def _keep(mlp: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    states = args[0] if args else _states(args, kwargs)[0]
+    mlp.galley_tap[: states.shape[0]].copy_(states)
+
+
+def looked_into(modules: Iterable[Any], but: type[LayerHook] | None = None) -> bool:
+    """Whether a module has a hook with something to do in this step, or a forward pass of its own.
+
+    Args:
+        but: hooks whose work the caller does itself.
+    """
     for module in modules:
         if "forward" in module.__dict__:
             return True
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            if hooks and not all(isinstance(hook, LayerHook) and hook.idle() for hook in hooks.values()):
+            if not all(_idle(hook) or (but is not None and isinstance(hook, but)) for hook in hooks.values()):
                 return True
     return False
+
+
+def _idle(hook: Any) -> bool:
+    return isinstance(hook, LayerHook) and hook.idle()
 
 
 def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -33,4 +33,5 @@ class ReportingWorker:
             "runner_version": 2 if self.use_v2_model_runner else 1,
             "tasks": list(runner.get_supported_tasks()),
             "device": str(self.device),
+            "memory": [each.report() for each in getattr(runner, "memories", ())],
         }

@@ -8,6 +8,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from galley_plugins.embedding.pooling import PromptRows
+from galley_plugins.memory.requests import TOTAL
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def register_prompt(pooler: PromptPooler, request: Any) -> None:
         request.req_id, rows, dimensions=params.dimensions, normalize=params.use_activation is not False
     )
     request.pooling_params = None
-    request.sampling_params = SamplingParams(temperature=0.0, max_tokens=1)
+    request.sampling_params = SamplingParams(temperature=0.0, max_tokens=1, extra_args={TOTAL: 0.0})
 
 
 def with_vectors(output: Any, vectors: dict[str, torch.Tensor]) -> Any:

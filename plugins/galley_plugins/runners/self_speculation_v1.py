@@ -27,6 +27,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from galley_plugins import vllm_compat
+from galley_plugins.memory.mixed_model import plain
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.speculation_v1 import SpeculationV1
 from galley_plugins.speculation.drafting import Draft
@@ -187,16 +188,17 @@ class SelfSpeculationV1(SpeculationV1):
         for group in self.attn_groups[0]:
             metadata |= dict.fromkeys(group.layer_names, group.build_metadata(common, 0))
         slot_mapping = dict.fromkeys(metadata, slots)
-        with set_forward_context(
+        context = set_forward_context(
             metadata, self.vllm_config, num_tokens=len(tokens), slot_mapping=slot_mapping
-        ):
+        )
+        with context, plain(self.model):
             hidden = self._model_forward(
                 input_ids=torch.from_numpy(tokens.astype(np.int32)),
                 positions=at,
                 intermediate_tensors=None,
                 inputs_embeds=None,
             )
-        logits: torch.Tensor = self.model.compute_logits(hidden)
+            logits: torch.Tensor = self.model.compute_logits(hidden)
         return logits
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from galley_plugins import progress
 from galley_plugins.embedding.adapter import AdapterError, check_adapter
+from galley_plugins.memory.served import UnsuitableMemoryError, check_memories
 from galley_plugins.models import ModelError, resolve
 from galley_plugins.processes import die_with
 from galley_plugins.speculation.options import STATS_VARIABLE, stats_path
@@ -33,7 +34,9 @@ def main() -> NoReturn:
         model = resolve(spec.weights, progress=_UnpackingReport())
         if "embed" in spec.tasks and spec.embedding.adapter is not None:
             check_adapter(Path(spec.embedding.adapter), str(model))
-    except (DeviceError, NoCompilerError, ModelError, AdapterError) as error:
+        if spec.memory:
+            check_memories(spec.memory, model)
+    except (DeviceError, NoCompilerError, ModelError, AdapterError, UnsuitableMemoryError) as error:
         progress.report("failed", reason=str(error))
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from galley_plugins.embedding.options import EmbeddingOptions
+from galley_plugins.memory.options import MemoryOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
@@ -28,6 +29,7 @@ class WorkerSpec:
         compile: torch.compile on, off, or what suits the device.
         speculation: draft and verify; None is off.
         quantization: what is quantized while loading, and how packed weights are computed with.
+        memory: what is mixed into the model's distribution.
     """
 
     weights: str
@@ -40,6 +42,7 @@ class WorkerSpec:
     compile: Literal["auto", "on", "off"] = "auto"
     speculation: SpeculationOptions | None = None
     quantization: ServingOptions = field(default_factory=ServingOptions)
+    memory: tuple[MemoryOptions, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,6 +64,7 @@ class WorkerSpec:
             step_tokens=step_tokens,
             speculation=self.speculation,
             quantization=self.quantization,
+            memory=self.memory,
         )
 
 
@@ -94,6 +98,12 @@ def parse(arguments: list[str] | None = None) -> WorkerSpec:
         default={},
         help="what is quantized while loading, and how packed weights are computed with, as a JSON object",
     )
+    parser.add_argument(
+        "--memory",
+        type=json.loads,
+        default=[],
+        help="what is mixed into the model's distribution, as a JSON object or a list of them",
+    )
     values = vars(parser.parse_args(arguments))
     tasks = frozenset(values.pop("tasks").split(","))
     if not tasks or not tasks <= set(TASKS):
@@ -110,6 +120,12 @@ def parse(arguments: list[str] | None = None) -> WorkerSpec:
         values["quantization"] = ServingOptions.from_values(values["quantization"])
     except (ValueError, TypeError) as error:
         parser.error(f"--quantization: {error}")
+    try:
+        values["memory"] = MemoryOptions.from_values(values["memory"])
+    except ValueError as error:
+        parser.error(f"--memory: {error}")
+    if values["memory"] and "generate" not in tasks:
+        parser.error("--memory: only a model that generates has a distribution to mix into")
     if values["speculation"] is not None:
         if not isinstance(values["speculation"], dict):
             parser.error("--speculation: expected a JSON object")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from galley_plugins.runners.layer_taps import LayerTaps, TappedRows, decoder_layers, looked_into
+from galley_plugins.runners.layer_taps import LayerTaps, MlpTap, TappedRows, decoder_layers, looked_into
 
 
 class Layer(nn.Module):
@@ -89,3 +89,35 @@ def test_layers_that_others_changed_are_looked_into(layers: nn.ModuleList, how: 
     else:
         layers[1].forward = lambda *_: None  # type: ignore[method-assign]
     assert looked_into(layers)
+
+
+def test_what_enters_an_mlp_is_kept_in_a_compiled_graph_too() -> None:
+    """Whatever the number of rows, with one graph, as vLLM compiles a model."""
+
+    class WithMlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Linear(4, 4)
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return states + self.mlp(2 * states)
+
+    layers = nn.Sequential(WithMlp(), WithMlp()).requires_grad_(False)
+    buffer = torch.zeros(16, 4)
+    MlpTap(layers[1], buffer, lambda: True, compiled=True)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layers, fullgraph=True, backend=backend)
+    for rows in (3, 7):
+        states = torch.randn(rows, 4)
+        torch._dynamo.mark_dynamic(states, 0)
+        buffer.zero_()
+        compiled(states)
+        assert torch.equal(buffer[:rows], 2 * layers[0](states))
+        assert not buffer[rows:].any()
+    assert len(graphs) == 1
+    assert list(layers.state_dict()) == list(dict(layers.named_parameters()))

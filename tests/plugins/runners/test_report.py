@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from galley_plugins import progress
+from galley_plugins.memory.served import NamedMemory
 from galley_plugins.runners.report import ReportingWorker
 
 if TYPE_CHECKING:
@@ -57,4 +58,18 @@ def test_a_worker_says_what_it_runs(v2: bool, version: int) -> None:
         "runner_version": version,
         "tasks": ["generate", "embed"],
         "device": "cuda:1",
+        "memory": [],
     }
+
+
+def test_a_worker_names_its_memories() -> None:
+    worker: Any = Worker()
+    memories = (
+        NamedMemory("wiki", 0.25, SimpleNamespace(layer=21)),
+        NamedMemory("code", 0.5, SimpleNamespace(layer=3)),
+    )
+    worker.model_runner = SimpleNamespace(get_supported_tasks=lambda: ("generate",), memories=memories)
+    assert worker.galley_report()["memory"] == [
+        {"name": "wiki", "layer": 21, "weight": 0.25},
+        {"name": "code", "layer": 3, "weight": 0.5},
+    ]

@@ -10,6 +10,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from galley_plugins.embedding.pooling import MeanPool, PromptPooler
+from galley_plugins.memory.requests import memory_weights
 from galley_plugins.runners.requests import register_prompt, with_vectors
 
 
@@ -41,6 +42,7 @@ def test_an_embedding_becomes_one_greedy_token_for_the_runner() -> None:
     assert request.sampling_params.max_tokens == 1
     assert request.sampling_params.temperature == 0
     assert request.sampling_params.n == 1
+    assert memory_weights(request.sampling_params.extra_args, {"wiki": 0.25, "code": 0.1}) == (0, 0)
 
 
 def test_a_chat_is_left_as_it_is() -> None:

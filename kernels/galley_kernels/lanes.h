@@ -1,0 +1,57 @@
+// Eight floats at a time, and what is computed with them.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define GALLEY_AVX2 1
+#endif
+
+namespace galley {
+
+typedef float Lanes __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(32)));
+
+inline Lanes lanes(const float* from) {
+    Lanes made;
+    std::memcpy(&made, from, sizeof made);
+    return made;
+}
+inline Lanes lanes(const uint16_t* from) {
+    Halves half;
+    std::memcpy(&half, from, sizeof half);
+    const Words words = __builtin_convertvector(half, Words) << 16;
+    Lanes made;
+    std::memcpy(&made, &words, sizeof made);
+    return made;
+}
+inline void put(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
+inline Lanes all(float value) { return Lanes{} + value; }
+
+// e to the power of x: 2 to a whole number times a polynomial of what is left (the coefficients of Cephes' expf).
+inline Lanes exponential(Lanes x) {
+#ifdef GALLEY_AVX2
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-87.3f)), _mm256_set1_ps(88.3f));
+    const __m256 whole = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)),
+                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 left = _mm256_fnmadd_ps(whole, _mm256_set1_ps(0.693359375f), x);
+    left = _mm256_fnmadd_ps(whole, _mm256_set1_ps(-2.12194440e-4f), left);
+    __m256 made = _mm256_set1_ps(1.9875691500e-4f);
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        made = _mm256_fmadd_ps(made, left, _mm256_set1_ps(next));
+    made = _mm256_fmadd_ps(made, _mm256_mul_ps(left, left), _mm256_add_ps(left, _mm256_set1_ps(1)));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(made, _mm256_castsi256_ps(power));
+#else
+    for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
+    return x;
+#endif
+}
+
+}  // namespace galley
