@@ -1,7 +1,7 @@
 """Facts that no model knows, planted in a corpus, and who can tell them: a model, its memory, plain RAG.
 
-A fact is a made-up place or person and a made-up code, date or name. The corpus says each in a few ways; it is
-asked for in words that the corpus does not use. RAG embeds one statement of each fact through the same
+A fact is a made-up place or person and a made-up code, date or name. The corpus says each in a few ways; it
+is asked for in words that the corpus does not use. RAG embeds one statement of each fact through the same
 engine's `/v1/embeddings`, and puts the nearest one before the question.
 """
 

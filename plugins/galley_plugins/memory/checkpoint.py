@@ -204,7 +204,8 @@ def check_base(folder: Path, base: Base) -> MemorySettings:
         if settings.sizes.inputs != base.hidden_size or settings.sizes.outputs != base.vocabulary:
             raise MemoryFileError(
                 f"memory: {folder} reads states of {settings.sizes.inputs} and knows "
-                f"{settings.sizes.outputs} tokens, the model here has {base.hidden_size} and {base.vocabulary}"
+                f"{settings.sizes.outputs} tokens, the model here has {base.hidden_size} and "
+                f"{base.vocabulary}"
             )
         settings = _counted_from_the_front(settings, base.layers)
     elif built != base:

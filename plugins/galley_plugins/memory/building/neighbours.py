@@ -75,6 +75,9 @@ class Neighbours:
         self._keys = keys
         self._index: Any = None
         self._device = device or torch.device("cpu")
+        self._resident: torch.Tensor | None = None
+        if self._device.type == "cuda" and keys.nbytes < torch.cuda.mem_get_info(self._device)[0] // 4:
+            self._resident = torch.from_numpy(np.ascontiguousarray(keys)).to(self._device)
         if index is not None:
             import faiss
 
@@ -121,7 +124,7 @@ class Neighbours:
         rows = torch.from_numpy(queries).to(self._device)
         block = _rows(self._keys.shape[1])
         for start in range(0, len(self._keys), block):
-            part = torch.from_numpy(np.asarray(self._keys[start : start + block])).to(self._device).float()
+            part = self._part(start, start + block)
             squares = (part * part).sum(1)
             found = []
             for row in range(0, len(rows), 2048):
@@ -133,6 +136,12 @@ class Neighbours:
             best = _nearest(best, (distances, places), k)
         distances, entries = best
         return _filled(distances, entries, k)
+
+    def _part(self, start: int, stop: int) -> torch.Tensor:
+        """float32 [rows, width] on the device."""
+        if self._resident is not None:
+            return self._resident[start:stop].float()
+        return torch.from_numpy(np.array(self._keys[start:stop])).to(self._device).float()
 
 
 def _nearest(best: Any, more: Any, k: int) -> Any:

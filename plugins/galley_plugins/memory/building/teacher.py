@@ -118,9 +118,9 @@ def distributions(
     """
     if not distances.size:
         return np.zeros(len(distances), np.int64), np.empty(0, np.int32), np.empty(0, np.float32)
-    order = np.argsort(tokens, axis=1, kind="stable")
-    ids = np.take_along_axis(tokens, order, 1)
-    weights = np.take_along_axis(_softmax(distances, temperature), order, 1)
+    rows = torch.from_numpy(np.ascontiguousarray(tokens)).sort(dim=1, stable=True)
+    ids = rows.values.numpy()
+    weights = torch.from_numpy(_softmax(distances, temperature)).gather(1, rows.indices).numpy()
     first = np.ones(ids.shape, bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     begins = np.flatnonzero(first)
