@@ -23,14 +23,16 @@ console = Console(stderr=True)
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory and system of this machine."""
+    """Processor, memory and system of this machine, and its GPU where a benchmark uses torch."""
     import psutil
 
     model = next(
         (line.split(":", 1)[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
+    gpu = sys.modules["torch"].cuda if "torch" in sys.modules else None
     return {
+        **({"gpu": gpu.get_device_name()} if gpu is not None and gpu.is_available() else {}),
         "processor": model,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),

@@ -77,7 +77,7 @@ class Neighbours:
         self._device = device or torch.device("cpu")
         self._resident: torch.Tensor | None = None
         if self._device.type == "cuda" and keys.nbytes < torch.cuda.mem_get_info(self._device)[0] // 4:
-            self._resident = torch.from_numpy(np.ascontiguousarray(keys)).to(self._device)
+            self._resident = torch.from_numpy(np.array(keys)).to(self._device)
         if index is not None:
             import faiss
 
