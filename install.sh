@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Installs Galley into a virtual environment: ./install.sh VENV gateway|worker|embed|dev
+# Installs Galley into a virtual environment: ./install.sh VENV gateway|worker|embed|memory|dev
 #
 #   gateway  what the gateway alone needs
 #   worker   the gateway and vLLM: the CPU build, or the CUDA build where an NVIDIA GPU is found
 #   embed    worker, and what `galley embed` measures and trains with
-#   dev      embed, and what tests, checks, load tests and the examples need
+#   memory   worker, and what `galley memory` builds with
+#   dev      all of these, and what tests, checks, load tests and the examples need
 #
 # GALLEY_DEVICE=cpu|cuda overrides what is found; PYTHON names the interpreter. Does nothing when nothing changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 [ $# -eq 2 ] || usage
 venv=$1 kind=$2
-case $kind in gateway|worker|embed|dev) ;; *) usage ;; esac
+case $kind in gateway|worker|embed|memory|dev) ;; *) usage ;; esac
 
 device=${GALLEY_DEVICE:-}
 if [ -z "$device" ]; then
@@ -69,6 +70,10 @@ fi
 if [ "$kind" = embed ] || [ "$kind" = dev ]; then
     say "Installing what measures embeddings"
     layer embedding | pip install -qq --no-deps -r /dev/stdin
+fi
+if [ "$kind" = memory ] || [ "$kind" = dev ]; then
+    say "Installing what builds memories"
+    layer memory | pip install -qq --no-deps -r /dev/stdin
 fi
 if [ "$kind" = dev ]; then
     say "Installing what tests, checks and examples need"

@@ -32,6 +32,8 @@ config_app = typer.Typer(help="Look at the configuration.", no_args_is_help=True
 app.add_typer(config_app, name="config")
 speculation_app = typer.Typer(help="Prepare tables of draft-verify speculation.", no_args_is_help=True)
 app.add_typer(speculation_app, name="speculation")
+memory_app = typer.Typer(help="Build memories from a corpus.", no_args_is_help=True)
+app.add_typer(memory_app, name="memory")
 embed_app = typer.Typer(help="Measure, tune and train embeddings.", no_args_is_help=True)
 app.add_typer(embed_app, name="embed")
 
@@ -226,6 +228,31 @@ def embed_tune(context: typer.Context) -> None:
 def embed_train(context: typer.Context) -> None:
     """Train an adapter for `embedding: {method: gem | causal2vec | nv-embed}`; --help says how."""
     _run_plugin("galley_plugins.embedding", ["train", *context.args])
+
+
+def _memory_command(name: str, text: str) -> None:
+    """Hand a command over to the plugin, which says what it takes."""
+
+    @memory_app.command(
+        name,
+        help=f"{text}; --help says how.",
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def command(context: typer.Context) -> None:
+        _run_plugin("galley_plugins.memory", [name, *context.args])
+
+
+for _name, _text in (
+    ("build", "Build a memory of a corpus, for `memory: {path: ...}`"),
+    ("datastore", "Build as far as the states of the corpus"),
+    ("index", "Build as far as the index of the nearest states"),
+    ("teacher", "Build as far as the distributions that the memory learns from"),
+    ("train", "Build as far as the trained network"),
+    ("weigh", "Build all of it: also the memory's share of the mix"),
+    ("eval", "Say how well a text is predicted with a memory and without"),
+):
+    _memory_command(_name, _text)
 
 
 @app.command(

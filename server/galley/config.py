@@ -168,7 +168,8 @@ class QuantizationConfig(_Frozen):
 class MemoryConfig(_Frozen):
     """A memory that is mixed into the model's next-token distribution."""
 
-    path: Path = Field(description="its folder")
+    path: Path = Field(description="its folder, or that of the build")
+    method: Literal["mlp", "knn-lm"] = Field("mlp", description="the trained memory, or the datastore itself")
     name: str = Field(
         "memory", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="what requests call it"
     )

@@ -6,6 +6,7 @@ searches at each token, so it is for evaluation and small corpora.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,22 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from galley_plugins.memory.building.stages import Stage
     from galley_plugins.memory.checkpoint import Base
+
+
+@dataclass(frozen=True)
+class KnnBuild:
+    """What is read of a build.
+
+    Attributes:
+        weight: its share of the mix, that suited the held-out text.
+    """
+
+    datastore: Stage
+    index: Stage
+    teacher: Stage
+    weight: float
 
 
 class KnnLm:
@@ -35,10 +51,27 @@ class KnnLm:
         temperature, k: that suited the build's held-out text, and neighbours of a place.
 
     Raises:
-        StageError: the build is not whole so far, or of another model or tokenizer, with both hashes.
+        StageError: as `check`.
     """
 
     def __init__(self, build: Path, base: Base, device: torch.device) -> None:
+        found = self.check(build, base)
+        self.layer = int(found.datastore.result["layer"])
+        self.weight = found.weight
+        self.temperature = float(found.teacher.result["temperature"])
+        self.k = int(found.teacher.result["k"])
+        self._values = found.datastore.read(VALUES, "int32")
+        self._known = np.unique(self._values)
+        self.columns = torch.from_numpy(self._known.astype(np.int64)).to(device)
+        keys = found.datastore.read(KEYS, "float16", base.hidden_size)
+        self.neighbours = Neighbours.of(found.index, keys, device)
+
+    @staticmethod
+    def check(build: Path, base: Base) -> KnnBuild:
+        """
+        Raises:
+            StageError: the build is not whole so far, or of another model or tokenizer, with both hashes.
+        """
         stages = {name: opened(build / name) for name in ("tokens", "datastore", "index", "teacher")}
         missing = [name for name, stage in stages.items() if stage is None]
         if missing:
@@ -52,16 +85,7 @@ class KnnLm:
                     f"memory: {build} was built for another {name}: found hash {stage.settings[name]}, the "
                     f"{name} here has {getattr(base, name)}"
                 )
-        self.layer = int(datastore.result["layer"])
-        self.weight = float(teacher.result["knn"]["weight"])
-        self.temperature = float(teacher.result["temperature"])
-        self.k = int(teacher.result["k"])
-        self._values = datastore.read(VALUES, "int32")
-        known = np.unique(self._values)
-        self.columns = torch.from_numpy(known.astype(np.int64)).to(device)
-        self._known = known
-        keys = datastore.read(KEYS, "float16", base.hidden_size)
-        self.neighbours = Neighbours.of(index, keys, device)
+        return KnnBuild(datastore, index, teacher, float(teacher.result["knn"]["weight"]))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """float32 [rows, columns]: log-probabilities, minus infinity where no neighbour was followed by it.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+Method = Literal["mlp", "knn-lm"]
+METHODS = get_args(Method)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -17,7 +19,8 @@ class MemoryOptions:
     """One memory that is mixed into the model's next-token distribution.
 
     Attributes:
-        path: its folder.
+        path: its folder, or that of the build.
+        method: mlp, or knn-lm for the build's datastore itself.
         name: what requests call it.
         weight: its share of the mix, 0 to 1, where a request does not say; None is the one in its folder.
     """
@@ -25,6 +28,7 @@ class MemoryOptions:
     path: str
     name: str = "memory"
     weight: float | None = None
+    method: Method = "mlp"
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
@@ -34,6 +38,8 @@ class MemoryOptions:
                 f"memory.name: found {self.name!r}, expected letters, digits, _ and - (64 at most), starting "
                 "with one of the first two"
             )
+        if self.method not in METHODS:
+            raise ValueError(f"memory.method: found {self.method!r}, expected {', '.join(METHODS)}")
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if self.weight is not None and not (number and 0 <= self.weight <= 1):
             raise ValueError(f"memory.weight: found {self.weight!r}, expected a number from 0 to 1")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from galley_plugins.memory.checkpoint import Base
     from galley_plugins.memory.network import MemoryNetwork
     from galley_plugins.memory.options import MemoryOptions
 
@@ -81,8 +82,12 @@ def load_memory(
     Raises:
         ValueError: it was made for another model, with both hashes, or is damaged.
     """
-    from galley_plugins.memory.checkpoint import load_served
+    from galley_plugins.memory.checkpoint import Base, load_served
 
+    if options.method == "knn-lm":
+        from galley_plugins.memory.knn import KnnLm
+
+        return KnnLm(Path(options.path), Base.of(_folder(model_config)), device)
     settings, network, columns = load_served(options.path, _folder(model_config), device, dtype)
     return MlpMemory(settings.layer, settings.weight, columns, network)
 
@@ -105,7 +110,7 @@ def check_memories(options: Sequence[MemoryOptions], model: Path | str) -> None:
     Raises:
         UnsuitableMemoryError: one was made for another model, is none, or all shares together exceed 1.
     """
-    from galley_plugins.memory.checkpoint import Base, check_base
+    from galley_plugins.memory.checkpoint import Base
 
     if not Path(model).is_dir():
         return
@@ -113,11 +118,22 @@ def check_memories(options: Sequence[MemoryOptions], model: Path | str) -> None:
         base = Base.of(Path(model))
         shares = {}
         for each in options:
-            own = check_base(Path(each.path), base).weight
+            own = _own_weight(each, base)
             shares[each.name] = own if each.weight is None else each.weight
         check_shares(shares, "memory")
     except (ValueError, OSError) as error:
         raise UnsuitableMemoryError(str(error)) from None
+
+
+def _own_weight(options: MemoryOptions, base: Base) -> float:
+    """What a folder says, once it is known to belong to the model."""
+    from galley_plugins.memory.checkpoint import check_base, memory_folder
+
+    if options.method == "knn-lm":
+        from galley_plugins.memory.knn import KnnLm
+
+        return KnnLm.check(Path(options.path), base).weight
+    return check_base(memory_folder(Path(options.path)), base).weight
 
 
 def load_memories(
