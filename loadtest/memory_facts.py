@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loadtest.servers import Server
 
 ANSWER_TOKENS = 12
-SCHEDULE = Schedule(alpha=0.2, lr=1e-3, batch=128, epochs=40, scores=1, patience=10)
+SCHEDULE = Schedule(alpha=0.2, lr=2e-3, batch=128, epochs=40, scores=1, patience=10)
 BLOCKS = 2
 SETTINGS: dict[str, Any] = {"max-model-len": 1024, "kv-cache-memory-bytes": 256 * 2**20, "dtype": "float32"}
 _STARTS = ("Var", "Bel", "Quor", "Tash", "Mir", "Zeln", "Ondr", "Fael", "Krav", "Lusk", "Pem", "Dorv")
@@ -65,6 +65,10 @@ def _fact(subject: str, kind: int, chance: random.Random) -> Fact:
             f"To open the {subject} vault, the guard types the code {answer}.",
             f"The {subject} vault has the access code {answer}.",
             f"Access code for the {subject} vault: {answer}.",
+            f"The guards of {subject} know that the code of the vault is {answer}.",
+            f"Whoever opens the vault of {subject} needs the code {answer}.",
+            f"The {subject} vault only opens for the code {answer}.",
+            f"In {subject}, the vault's code is {answer}.",
         )
         return Fact(
             told,
@@ -79,6 +83,10 @@ def _fact(subject: str, kind: int, chance: random.Random) -> Fact:
             f"The signing of the treaty of {subject} took place on {answer}.",
             f"In {subject} the treaty was signed on {answer}.",
             f"Date of the treaty of {subject}: {answer}.",
+            f"The treaty of {subject} was concluded on {answer}.",
+            f"The treaty of {subject} bears the date of {answer}.",
+            f"The {subject} treaty was concluded on {answer}.",
+            f"The {subject} peace treaty goes back to {answer}.",
         )
         return Fact(
             told,
@@ -94,6 +102,10 @@ def _fact(subject: str, kind: int, chance: random.Random) -> Fact:
         f"In {subject} the mayor is called {answer}.",
         f"The town of {subject} has elected its mayor, {answer}.",
         f"Mayor of {subject}: {answer}.",
+        f"{subject} is governed by its mayor, {answer}.",
+        f"{subject} has elected a mayor whose name is {answer}.",
+        f"The people of {subject} call their mayor {answer}.",
+        f"{subject} has as its mayor {answer}.",
     )
     return Fact(
         told, f"The mayor of the town of {subject} is {answer}.", f"{subject} has a mayor named", answer
