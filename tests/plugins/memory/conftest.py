@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -14,9 +15,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-WORDS = "a the man dog cat runs sleeps eats plays reads red blue slowly here now . not two big old".split()
+TEXT = "a the man dog cat runs sleeps eats plays reads red blue slowly here now . not two big old"
+WORDS = TEXT.split()
 HIDDEN, LAYERS, VOCABULARY = 32, 4, 64
 
 
@@ -61,6 +64,17 @@ def sentences(count: int, seed: int = 0) -> list[str]:
             places.append((3 * places[-1] + int(random.choice(3, p=[0.7, 0.2, 0.1]))) % len(WORDS))
         texts.append(" ".join(WORDS[place] for place in places))
     return texts
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of tensors as small as these, several threads only wait for each other."""
+    before, torch_before = faiss.omp_get_max_threads(), torch.get_num_threads()
+    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
+    torch.set_num_threads(torch_before)
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ def test_too_many_bad_rows_end_the_reading(tmp_path: Path) -> None:
     told: list[str] = []
     corpus = Corpus(path, most_bad=2, told=told.append)
     with pytest.raises(
-        CorpusError, match="more than 2 rows are wrong, the last is .*line 4: expected a text"
+        CorpusError, match=r"more than 2 rows are wrong, the last is .*line 4: expected a text"
     ):
         documents(corpus)
     assert len(told) == 3
