@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from galley_plugins.models import ModelError, resolve
@@ -125,7 +126,9 @@ def build_command(
     ) as error:
         _fail(console, error)
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on with {out}", highlight=False, soft_wrap=True)
+        console.print(
+            f"stopped; the same command goes on with {out}", highlight=False, soft_wrap=True, markup=False
+        )
         raise typer.Exit(130) from None
     _show(console, options, built, time.monotonic() - started, as_json=as_json)
 
@@ -273,7 +276,9 @@ def _show(console: Console, options: BuildOptions, built: Built, seconds: float,
         values = {} if memory is None else {"memory": asdict(memory)}
         print(json.dumps({"out": str(options.out), "seconds": round(seconds, 1), **values}))  # noqa: T201
     if memory is None:
-        console.print(f"done in {seconds:.0f} s: {options.out}", highlight=False, soft_wrap=True)
+        console.print(
+            f"done in {seconds:.0f} s: {options.out}", highlight=False, soft_wrap=True, markup=False
+        )
         return
     mix = memory.training["mix"]
     console.print(
@@ -282,6 +287,7 @@ def _show(console: Console, options: BuildOptions, built: Built, seconds: float,
         f"nats a token at weight {memory.weight:.2f}; in {seconds:.0f} s: {options.out}",
         highlight=False,
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -297,7 +303,7 @@ def _folder_of(model: str) -> Path:
 
 
 def _fail(console: Console, error: BaseException) -> Any:
-    console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     raise typer.Exit(2) from None
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from galley_plugins.memory.network import Family
+
 SETTINGS, WEIGHTS = "galley_memory.json", "memory.safetensors"
 MEMORY = "memory"  # the memory's folder in that of a build
 RELEASED, GENERATOR = "mlp_memory_config.json", "knn_generator"
@@ -136,6 +138,9 @@ def output_rows(folder: Path, columns: torch.Tensor | None) -> torch.Tensor:
         name = next((name for name in _OUTPUT_LAYERS if name in source.names), None)
         if name is None:
             raise CheckpointError(f"{folder}: found none of {', '.join(_OUTPUT_LAYERS)}")
+        other = next((other for other in source.names if other.startswith("lm_head.")), name)
+        if name != HEAD and other != name:
+            raise CheckpointError(f"{folder}: found {other}, expected {HEAD}")
         rows = source.tensor(name)
     return (rows if columns is None else rows[columns.long()]).float()
 
@@ -179,8 +184,9 @@ def load_settings(folder: Path) -> MemorySettings:
     if not (folder / SETTINGS).is_file() and (folder / RELEASED).is_file():
         return _released_settings(folder)
     values = _object(folder / SETTINGS)
-    if values.pop("format", None) != FORMAT:
-        raise MemoryFileError(f"memory: {folder / SETTINGS} is not of format {FORMAT}")
+    written = values.pop("format", None)
+    if written != FORMAT:
+        raise MemoryFileError(f"memory: {folder / SETTINGS}: found format {written}, expected {FORMAT}")
     try:
         base = values.pop("base")
         sizes = Sizes(**values.pop("sizes"))
@@ -236,15 +242,16 @@ def load_network(
     """
     tensors = _tensors(folder)
     columns = tensors.pop("columns", None)
+    outputs = settings.sizes.outputs
+    vocabulary = settings.base.vocabulary if settings.base is not None else outputs
+    if (columns is None and outputs != vocabulary) or (
+        columns is not None and not _rise(columns, outputs, vocabulary)
+    ):
+        raise MemoryFileError(
+            f"memory: {folder}: columns: found {'nothing' if columns is None else list(columns.shape)}, "
+            f"expected {outputs} rising numbers from 0 to {vocabulary - 1}"
+        )
     if columns is not None:
-        vocabulary = settings.base.vocabulary if settings.base is not None else settings.sizes.outputs
-        if columns.shape != (settings.sizes.outputs,) or not (
-            bool((columns.diff() > 0).all()) and int(columns[0]) >= 0 and int(columns[-1]) < vocabulary
-        ):
-            raise MemoryFileError(
-                f"memory: {folder}: columns: found {list(columns.shape)}, expected {settings.sizes.outputs} "
-                f"rising numbers from 0 to {vocabulary - 1}"
-            )
         columns = columns.long()
     if HEAD not in tensors:
         if model is None:
@@ -266,6 +273,12 @@ def load_network(
     return network.eval().requires_grad_(False), columns
 
 
+def _rise(columns: torch.Tensor, outputs: int, vocabulary: int) -> bool:
+    if columns.shape != (outputs,) or columns.is_floating_point():
+        return False
+    return bool((columns.diff() > 0).all()) and int(columns[0]) >= 0 and int(columns[-1]) < vocabulary
+
+
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     generator = folder / GENERATOR
     ours, safe = folder / WEIGHTS, generator / "model.safetensors"
@@ -277,29 +290,37 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
             # Pickled, as the authors save it: `weights_only` lets nothing but tensors through.
             path = generator / "pytorch_model.bin"
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            if not isinstance(tensors, dict) or not all(
+                isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+            ):
+                raise ValueError("found other objects, expected tensors by name")
+    except (OSError, EOFError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise MemoryFileError(f"memory: the weights in {folder} cannot be read: {error}") from None
     return tensors
 
 
 def _released_settings(folder: Path) -> MemorySettings:
     position = _object(folder / RELEASED).get("layer_position", -1)
+    if not isinstance(position, int):
+        raise MemoryFileError(
+            f"memory: {folder / RELEASED}: layer_position: found {position!r}, expected a number"
+        )
     config = _object(folder / GENERATOR / "config.json")
     try:
         if config.get("model_type") == "gpt2":
-            width = config["n_embd"]
-            sizes = Sizes("gpt2", width, width, 4 * width, config["n_layer"], config["vocab_size"],
-                          config.get("layer_norm_epsilon", 1e-5))  # fmt: skip
+            width, epsilon = config["n_embd"], config.get("layer_norm_epsilon", 1e-5)
+            inner, blocks = config.get("n_inner") or 4 * width, config["n_layer"]
         else:
-            width = config["hidden_size"]
-            sizes = Sizes("llama", width, width, config["intermediate_size"], config["num_hidden_layers"],
-                          config["vocab_size"], config.get("rms_norm_eps", 1e-6))  # fmt: skip
+            width, epsilon = config["hidden_size"], config.get("rms_norm_eps", 1e-6)
+            inner, blocks = config["intermediate_size"], config["num_hidden_layers"]
+        family: Family = "gpt2" if config.get("model_type") == "gpt2" else "llama"
+        sizes = Sizes(family, width, width, inner, blocks, config["vocab_size"], epsilon)
         transform = _tensors(folder).get("embedding_transform.weight")
         if transform is not None:
             sizes = Sizes(**{**asdict(sizes), "inputs": transform.shape[1]})
     except (KeyError, TypeError, ValueError) as error:
         raise MemoryFileError(f"memory: {folder / GENERATOR / 'config.json'}: {error!r}") from None
-    return MemorySettings(sizes, int(position), RELEASED_WEIGHT, version="released")
+    return MemorySettings(sizes, position, RELEASED_WEIGHT, version="released")
 
 
 def _counted_from_the_front(settings: MemorySettings, layers: int) -> MemorySettings:

@@ -204,7 +204,7 @@ class Build:
             "weigh": self._weigh,
         }
         for name in STAGES[: STAGES.index(until) + 1]:
-            needed = self._taught or name not in ("index", "teacher") or until == name
+            needed = self._taught or name not in ("index", "teacher") or until in ("index", "teacher")
             if needed:
                 steps[name]()
         if until != STAGES[-1]:
@@ -274,24 +274,24 @@ class Build:
             advance(step - done)
             done = step
 
-        progress = train(
-            network,
-            places,
-            HeldOut(self.datastore, width, columns, MOST_SCORED),
-            schedule,
-            checkpoint,
-            trains_head=self.options.head == "own",
-            trained=trained,
-            scored=self._reporter.scored,
-        )
         path = self.training.folder / f"{NETWORK}.partial"
         with explained(path):
+            progress = train(
+                network,
+                places,
+                HeldOut(self.datastore, width, columns, MOST_SCORED),
+                schedule,
+                checkpoint,
+                trains_head=self.options.head == "own",
+                trained=trained,
+                scored=self._reporter.scored,
+            )
             save_file({name: value.cpu() for name, value in network.state_dict().items()}, path)
-        checkpoint.remove()
         scores = {str(step): round(-score, 4) for step, score in progress.scores.items()}
         self.training.finish(
             {"steps": progress.step, "seconds": round(progress.seconds, 1), "heldout_nats": scores}
         )
+        checkpoint.remove()
 
     def _network(self) -> tuple[MemoryNetwork, torch.Tensor | None]:
         """As training begins with it, and its tokens."""
@@ -302,7 +302,7 @@ class Build:
             "llama",
             width,
             width,
-            self.options.hidden or int(self._config.intermediate_size),
+            self.options.hidden or int(getattr(self._config, "intermediate_size", 4 * width)),
             self.options.blocks,
             len(head),
             float(getattr(self._config, "rms_norm_eps", 1e-5)),

@@ -109,7 +109,7 @@ class Corpus:
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     self._wrong(f"{path}, line {number}", f"no JSON ({error})")
                     continue
                 value = record.get(self.text_field) if isinstance(record, dict) else None
@@ -138,7 +138,7 @@ class Corpus:
 
     def _texts(self, value: object, place: str, found: object, size: int) -> Iterator[Piece]:
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list) or not texts or not all(_is_text(text) for text in texts):
             self._wrong(place, f"expected a text, or a list of texts, in {self.text_field!r}; found {found}")
             return
         for index, text in enumerate(texts):
@@ -152,12 +152,21 @@ class Corpus:
             raise CorpusError(f"more than {self.most_bad} rows are wrong, the last is {place}: {what}")
 
 
+def _is_text(value: object) -> bool:
+    """Half of a surrogate pair, which JSON can hold, is none."""
+    try:
+        return isinstance(value, str) and (value.isascii() or bool(value.encode()))
+    except UnicodeEncodeError:
+        return False
+
+
 def _text(path: Path) -> Iterator[Piece]:
-    rest, size = "", 0
+    rest, size, read = "", 0, 0
     with path.open(encoding="utf-8") as file:
         while block := file.read(BLOCK):
             text = rest + block
-            size += len(block.encode())
+            size += file.buffer.tell() - read
+            read = file.buffer.tell()
             end = text.rfind("\n") + 1 or len(text)
             if end < len(text) or len(block) == BLOCK:
                 yield Piece(text[:end], last=False, size=size)

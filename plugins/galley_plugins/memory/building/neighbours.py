@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from galley_plugins.memory.building.stages import StageError, explained
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 INDEX = "index.faiss"
 MOST_EXACT = 1_000_000
 CENTROIDS, CODE_BYTES, PROBES = 4096, 64, 32  # MLP Memory's code, knn_utils/build_index.py
+CODES = 256  # of a byte; product quantization learns them from as many keys
 TRAINED_ON = 64  # keys for each centroid
 BLOCK_BYTES = 1 << 30  # of keys in float32 at once
 Kind = Literal["flat", "ivf-pq"]
@@ -34,7 +37,11 @@ def kind_of(entries: int) -> Kind:
 def build_index(
     stage: Stage, keys: NDArray[np.float16], kind: Kind, advance: Callable[[int], None] = lambda rows: None
 ) -> None:
-    """Write an index of [entries, width] keys; a flat one is the datastore itself and nothing more."""
+    """Write an index of [entries, width] keys; a flat one is the datastore itself and nothing more.
+
+    Raises:
+        StageError: there are too few keys for a code, or the disk has no room.
+    """
     stage.begin()
     if kind == "flat":
         advance(len(keys))
@@ -43,10 +50,12 @@ def build_index(
     import faiss
 
     entries, width = keys.shape
+    if entries < CODES:
+        raise StageError(f"index: found {entries} entries, expected {CODES} or more for ivf-pq")
     centroids = min(CENTROIDS, max(entries // TRAINED_ON, 1))
     code = max(part for part in range(1, min(CODE_BYTES, width) + 1) if width % part == 0)
     quantizer = faiss.IndexFlatL2(width)
-    index = faiss.IndexIVFPQ(quantizer, width, centroids, code, 8)
+    index = faiss.IndexIVFPQ(quantizer, width, centroids, code, CODES.bit_length() - 1)
     rows = np.random.default_rng(0).choice(entries, min(entries, TRAINED_ON * centroids), replace=False)
     index.train(keys[np.sort(rows)].astype(np.float32))
     block = _rows(width)
@@ -55,7 +64,9 @@ def build_index(
         index.add(part)
         advance(len(part))
     index.nprobe = min(PROBES, centroids)
-    faiss.write_index(index, str(stage.folder / f"{INDEX}.partial"))
+    path = stage.folder / f"{INDEX}.partial"
+    with explained(path), path.open("wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
     parameters = {"centroids": centroids, "code_bytes": code, "probes": index.nprobe}
     stage.finish({"kind": kind, "entries": entries, **parameters})
 

@@ -11,10 +11,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from galley_plugins.models.store import sync
 
@@ -62,7 +64,8 @@ class Stage:
     def begin(self) -> dict[str, Any]:
         """Prepare the folder; how far an interrupted run of these settings came, empty for a new one."""
         progress = _read(self.folder / PROGRESS)
-        if progress.get("key") == self.key:
+        if progress.get("key") == self.key and not (self.folder / DONE).exists():
+            self._take_back()
             found: dict[str, Any] = progress["progress"]
             return found
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -78,14 +81,20 @@ class Stage:
         for path in self.folder.glob("*.partial"):
             sync(path)
             path.rename(path.with_suffix(""))
-        files = {
-            path.name: path.stat().st_size
-            for path in sorted(self.folder.iterdir())
-            if path.is_file() and path.name not in (DONE, PROGRESS)
-        }
+        files = {path.name: path.stat().st_size for path in self._files()}
         values = {"key": self.key, "settings": self.settings, "result": dict(result), "files": files}
         _write(self.folder / DONE, values)
         (self.folder / PROGRESS).unlink(missing_ok=True)
+
+    def _take_back(self) -> None:
+        """Files that were renamed by a run that ended before it could say that all are whole."""
+        for path in self._files():
+            if path.suffix != ".partial":
+                path.rename(path.with_name(f"{path.name}.partial"))
+
+    def _files(self) -> list[Path]:
+        found = (path for path in sorted(self.folder.iterdir()) if path.is_file())
+        return [path for path in found if path.name not in (DONE, PROGRESS) and path.name[0] != "."]
 
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """A file that is mapped to be written: what an interrupted run has written of it is kept.
@@ -133,13 +142,21 @@ class explained:  # noqa: N801 -- a context manager
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if _number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(self._path.parent).free
             wanted = "" if self._size is None else f" of {self._size / 1e6:.0f} MB"
             raise StageError(
                 f"no room for {self._path}{wanted}: {free / 1e6:.0f} MB are free; the stages before are "
                 "whole, the same command goes on from them"
             ) from None
+
+
+def _number(error: BaseException | None) -> int | None:
+    """That of the operating system, which safetensors has in its text."""
+    if isinstance(error, SafetensorError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        return int(found[1]) if found else None
+    return error.errno if isinstance(error, OSError) else None
 
 
 def _read(path: Path) -> dict[str, Any]:

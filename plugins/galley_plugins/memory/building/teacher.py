@@ -7,6 +7,7 @@ one whose mix with the model predicts the held-out text best, which is kNN-LM it
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,12 +91,13 @@ def write_teacher(
             distances, entries = neighbours.search(keys[place : rows[-1] + 1], k + 1)
             distances, entries = _without(distances, entries, rows)
             counts, ids, shares = distributions(distances, values[entries], progress["temperature"], floor)
-            ids.astype(np.int32).tofile(tokens)
-            shares.astype(np.float16).tofile(probs)
+            tokens.write(ids.astype(np.int32).tobytes())
+            probs.write(shares.astype(np.float16).tobytes())
             offsets[rows + 1] = kept + counts.cumsum()
             place, kept = int(rows[-1]) + 1, kept + len(ids)
             for file in (tokens, probs):
                 file.flush()
+                os.fsync(file.fileno())
             if isinstance(offsets, np.memmap):
                 offsets.flush()
             stage.note({**progress, "places": place, "kept": kept})
@@ -182,5 +184,6 @@ def _without(
 
 
 def _softmax(distances: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
+    """0 throughout where all are infinite."""
     found: NDArray[np.float32] = torch.softmax(torch.from_numpy(distances) / -temperature, 1).numpy()
-    return found
+    return np.nan_to_num(found, copy=False)

@@ -62,7 +62,9 @@ def tokenize(
             "to hold out, expected some of both"
         )
     for name, array in ((TRAIN, spans), (HELD_OUT, held)):
-        np.ascontiguousarray(array).tofile(stage.folder / f"{name}.partial")
+        path = stage.folder / f"{name}.partial"
+        with explained(path):
+            path.write_bytes(np.ascontiguousarray(array).tobytes())
     stage.finish(
         {
             "tokens": int(count),

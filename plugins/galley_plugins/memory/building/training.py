@@ -8,6 +8,7 @@ target. What is kept is the network whose mix with the model predicts the held-o
 from __future__ import annotations
 
 import functools
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -224,6 +225,7 @@ def train(
         trained(progress.step, loss)
         if progress.step % every == 0 or progress.step == steps:
             mix = held_out.score(network)
+            _finite(progress.step, mix.nats)
             if -mix.nats > max(progress.scores.values(), default=-np.inf):
                 progress.best = {name: value.detach().cpu().clone() for name, value in parameters.items()}
             progress.scores[progress.step] = -mix.nats
@@ -234,6 +236,11 @@ def train(
         for name, value in parameters.items():
             value.copy_(progress.best[name])
     return progress
+
+
+def _finite(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(f"step {step}: found a loss of {loss}, expected a number; try a lower lr")
 
 
 def _settled(progress: Progress, patience: int) -> bool:
@@ -261,8 +268,7 @@ def _step(
         logits: Any = network(states)
     target = places.targets(rows, logits.shape[1], schedule.alpha)
     loss = -(target * torch.log_softmax(logits.float(), -1)).sum() / len(rows)
-    if not torch.isfinite(loss):
-        raise TrainingError(f"step {step}: found a loss of {loss.item()}, expected a number; try a lower lr")
+    _finite(step, loss.item())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters.values(), MOST_GRADIENT)
