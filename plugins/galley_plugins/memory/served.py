@@ -82,8 +82,11 @@ def load_memory(
         ValueError: it was made for another model, with both hashes, or is damaged.
     """
     from galley_plugins.memory.checkpoint import load_served
+    from galley_plugins.memory.packed import pack
 
     settings, network, columns = load_served(options.path, _folder(model_config), device, dtype)
+    if device.type == "cpu":
+        pack(network)
     return MlpMemory(settings.layer, settings.weight, columns, network)
 
 
