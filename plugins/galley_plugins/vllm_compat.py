@@ -113,6 +113,13 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "speculation-frontend": (
         ("vllm.sampling_params", "SamplingParams._validate_spec_decode", "checks vllm_xargs"),
     ),
+    "memory-cpu": (
+        (
+            "vllm.model_executor.layers.utils",
+            "dispatch_cpu_unquantized_gemm",
+            "multiplies by a memory's matrices as by the model's own",
+        ),
+    ),
     "memory-frontend": (("vllm.sampling_params", "SamplingParams.verify", "checks vllm_xargs"),),
     "bidirectional": (
         (

@@ -83,12 +83,15 @@ def load_memory(
         ValueError: it was made for another model, with both hashes, or is damaged.
     """
     from galley_plugins.memory.checkpoint import Base, load_served
+    from galley_plugins.memory.packed import pack
 
     if options.method == "knn-lm":
         from galley_plugins.memory.knn import KnnLm
 
         return KnnLm(Path(options.path), Base.of(_folder(model_config)), device)
     settings, network, columns = load_served(options.path, _folder(model_config), device, dtype)
+    if device.type == "cpu":
+        pack(network)
     return MlpMemory(settings.layer, settings.weight, columns, network)
 
 
