@@ -36,11 +36,11 @@ import torch
 
 from galley_plugins.models import resolve
 from galley_plugins.quantization.options import QuantizationOptions
+from galley_plugins.quantization.perplexity import perplexity, windows
 from galley_plugins.quantization.quantizer import quantize
 from loadtest import quantization_speed as speed
 from loadtest.harness import Report, console
 from loadtest.perplexity import perplexity as served_perplexity
-from loadtest.perplexity import windows
 from loadtest.servers import MODEL
 from loadtest.specbench import in_turn, load_prompts
 
@@ -65,16 +65,6 @@ CHOICES: dict[str, QuantizationOptions] = {
     "both_g32": QuantizationOptions("finequant+easyquant", group_sizes=(32,)),
 }
 QUICK_CHOICES = ("int8", "finequant", "easyquant", "both")
-
-
-@torch.inference_mode()
-def perplexity(model: Any, texts: Sequence[list[int]]) -> float:
-    """exp of the mean negative log-likelihood in nats; a window's first token is given."""
-    total = 0.0
-    for ids in texts:
-        logits = model(torch.tensor([ids])).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
-    return math.exp(total / sum(len(ids) - 1 for ids in texts))
 
 
 def measure(model: Any, originals: dict[str, torch.Tensor], options: QuantizationOptions) -> dict[str, Any]:

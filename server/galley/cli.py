@@ -35,6 +35,9 @@ app.add_typer(speculation_app, name="speculation")
 embed_app = typer.Typer(help="Measure, tune and train embeddings.", no_args_is_help=True)
 app.add_typer(embed_app, name="embed")
 
+bench_app = typer.Typer(help="Measure models.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 out = Console()
 err = Console(stderr=True)
 
@@ -236,6 +239,16 @@ def embed_train(context: typer.Context) -> None:
 def quantize(context: typer.Context) -> None:
     """Quantize a model's weights without data, into a new folder; --help says how."""
     _run_plugin("galley_plugins.quantization", ["quantize", *context.args])
+
+
+@bench_app.command(
+    "perplexity",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench_perplexity(context: typer.Context) -> None:
+    """Compare checkpoints, quantized ones too, by the perplexity of a text; --help says how."""
+    _run_plugin("galley_plugins.quantization", ["perplexity", *context.args])
 
 
 @app.command()

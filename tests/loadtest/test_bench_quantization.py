@@ -16,17 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Uniform(torch.nn.Module):
-    """Knows nothing: every one of eight tokens is as likely."""
-
-    def forward(self, ids: torch.Tensor) -> Any:
-        return type("Output", (), {"logits": torch.zeros(*ids.shape, 8)})
-
-
-def test_a_model_that_knows_nothing_is_as_perplexed_as_there_are_tokens() -> None:
-    assert bench.perplexity(Uniform(), [[0, 1, 2], [3, 4]]) == pytest.approx(8)
-
-
 def test_the_model_gets_what_the_codes_stand_for_and_bits_are_weighted_by_size() -> None:
     torch.manual_seed(3)
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 32), "b": torch.nn.Linear(128, 32)})
