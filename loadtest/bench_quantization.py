@@ -21,7 +21,8 @@ Figures:
                        the first two windows, activations being integers and the output layer of 8 bits
     bits_*             bits per quantized weight
     seconds_*          to quantize all of them, without starting or loading
-    seconds_over_easyquant_*  GPTQ's over EasyQuant's with the same groups, of the same minutes
+    seconds_over_easyquant_*  GPTQ's over EasyQuant's with the same groups, of the same minutes; cpu_ is of
+                       the processor's seconds, all cores together, here and elsewhere
     command_seconds_*  of `galley quantize`, medians; per_billion is for each billion of weights quantized
     likelihood_*       mean log-probability of a token of the answers, in nats; loss is how much lower int4 is
     int4_speedup_*     Galley's 4-bit server over vLLM in bfloat16

@@ -47,9 +47,10 @@ class PeerOptions:
 
 @dataclass(frozen=True)
 class PeerResult:
-    """Seconds that quantizing took, without loading, and float32 weights by module."""
+    """Seconds that quantizing took, without loading, by the clock and of all cores; float32 by module."""
 
     seconds: float
+    cpu_seconds: float
     weights: dict[str, torch.Tensor]
 
 
@@ -92,10 +93,11 @@ def quantized(folder: Path, options: PeerOptions, sequences: Sequence[Sequence[i
                 check=True,
                 timeout=SECONDS,
             )
-            seconds = float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+            said = json.loads(done.stdout.splitlines()[-1])
+            seconds, processor = float(said["seconds"]), float(said["cpu_seconds"])
         except (subprocess.SubprocessError, OSError) as error:
             last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
             raise PeerError(f"llm-compressor, {options}: {' '.join(last)}") from error
         except (ValueError, IndexError, KeyError) as error:
             raise PeerError(f"llm-compressor, {options}: found {done.stdout[-200:]!r}") from error
-        return PeerResult(seconds, load_file(out))
+        return PeerResult(seconds, processor, load_file(out))

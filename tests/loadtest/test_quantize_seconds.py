@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ def test_the_command_is_timed_and_its_weights_counted(tmp_path: Path) -> None:
     make_small_checkpoint(tmp_path / "model")
     found = quantize("rtn", tmp_path / "out", str(tmp_path / "model"))
     assert found["seconds"] > 0
+    assert 0.5 < found["cpu_seconds"] < 2 * os.cpu_count() * found["seconds"]  # at least the imports
     assert found["weights"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160)
     assert 4 < found["bits"] < 5
     with pytest.raises(
@@ -43,7 +45,11 @@ def test_methods_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_figures_are_medians_and_scaled_to_a_billion() -> None:
     runs = [
-        {"method": "finequant+easyquant", "seconds": seconds, "weights": 10**8}
+        {"method": "finequant+easyquant", "seconds": seconds, "cpu_seconds": 2 * seconds, "weights": 10**8}
         for seconds in (20.0, 11.0, 12.0)
     ]
-    assert figures_of(runs) == {"command_seconds_both": 12.0, "command_seconds_per_billion_both": 120.0}
+    assert figures_of(runs) == {
+        "command_seconds_both": 12.0,
+        "command_seconds_per_billion_both": 120.0,
+        "command_cpu_seconds_both": 24.0,
+    }
