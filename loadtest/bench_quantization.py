@@ -70,6 +70,7 @@ SECTIONS, QUICK_SECTIONS = ("perplexity", "seconds", "likelihood", "speed"), ("p
 NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (SPEC_BENCH,), "speed": (WIKITEXT, SPEC_BENCH)}
 PER_WAVE, QUICK_PER_WAVE = {"b1": 3, "c8": 8}, {"b1": 1, "c8": 8}
 REPEATS, MAX_TOKENS, QUICK_MAX_TOKENS = 3, 64, 24
+QUICK_CHARACTERS = 300  # of a prompt: the longest take bfloat16 a minute to read
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,7 +83,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", help=f"comma-separated sections; default {','.join(SECTIONS)}")
     parser.add_argument("--servers", help=f"comma-separated; default {','.join(speed.SERVERS)}")
     parser.add_argument("--repeats", type=int, help=f"of loads and commands; default {REPEATS}")
-    parser.add_argument("--quick", action="store_true", help="one window, fewer choices, few short answers")
+    parser.add_argument("--quick", action="store_true", help="one window, fewer choices, few short chats")
     parser.add_argument("--record", help="how the file of results is called, after `bench_quantization.`")
     options = parser.parse_args(arguments)
     sections = QUICK_SECTIONS if options.quick else SECTIONS
@@ -200,7 +201,10 @@ def measure_likelihood(report: Report, options: argparse.Namespace) -> dict[str,
 def measure_speed(report: Report, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second through servers, and the perplexity of Galley's."""
     prompts = spec_bench(options.data)
-    per_wave, tokens = (QUICK_PER_WAVE, QUICK_MAX_TOKENS) if options.quick else (PER_WAVE, MAX_TOKENS)
+    per_wave, tokens = PER_WAVE, MAX_TOKENS
+    if options.quick:
+        prompts = [prompt for prompt in prompts if len(prompt.text) <= QUICK_CHARACTERS]
+        per_wave, tokens = QUICK_PER_WAVE, QUICK_MAX_TOKENS
     waves, figures = [], {}
     with speed.all_serving(options.servers) as servers:
         if speed.OURS in servers and not options.quick:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from loadtest.quantization_speed import Wave
 from loadtest.specbench import Prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -121,6 +123,32 @@ def test_ratios_compare_waves_of_the_same_prompts() -> None:
     assert figures["int4_over_llamacpp_b1"] == 0.8
     assert figures["tokens_per_second_vllm_bf16_b1"] == 5.0
     assert "over_llamacpp_b1" not in speed.figures_of([wave for wave in waves if wave.server != speed.PEER])
+
+
+def test_servers_that_started_end_when_another_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def serving(name: str) -> Iterator[str]:
+        if name == "broken":
+            raise AssertionError("not healthy")
+        yield name
+        told.append((name, "ended"))
+
+    monkeypatch.setattr(speed, "serving", serving)
+    monkeypatch.setattr(speed, "ask_all", lambda *_: None)
+    monkeypatch.setattr(speed, "_signal", lambda server, number: told.append((server, number.name)))
+    with speed.all_serving(["one", "two", "three"]) as servers:
+        assert servers == {"one": "one", "two": "two", "three": "three"}
+        assert sorted(told) == [("one", "SIGSTOP"), ("three", "SIGSTOP"), ("two", "SIGSTOP")]
+        told.clear()
+    ends = [[(name, "SIGCONT"), (name, "ended")] for name in ("three", "two", "one")]
+    assert told == [end for pair in ends for end in pair]
+    told.clear()
+    broken = speed.all_serving(["one", "broken"])
+    with pytest.raises(AssertionError, match="not healthy"):
+        broken.__enter__()
+    assert told[-2:] == [("one", "SIGCONT"), ("one", "ended")]
 
 
 def test_no_prompt_is_asked_twice_and_servers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
