@@ -132,8 +132,10 @@ def test_servers_that_started_end_when_another_does_not(monkeypatch: pytest.Monk
     def serving(name: str) -> Iterator[str]:
         if name == "broken":
             raise AssertionError("not healthy")
-        yield name
-        told.append((name, "ended"))
+        try:
+            yield name
+        finally:
+            told.append((name, "ended"))
 
     monkeypatch.setattr(speed, "serving", serving)
     monkeypatch.setattr(speed, "ask_all", lambda *_: None)
