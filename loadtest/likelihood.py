@@ -31,7 +31,7 @@ def greedy_answers(
     tokenizer: Any,
     texts: Sequence[str],
     tokens: int,
-    batch: int = 6,
+    batch: int = 12,
     advance: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """What the model answers to each text as a chat; up to the end that it writes, which counts.
