@@ -143,7 +143,8 @@ def perplexity_command(
     from galley_plugins.quantization.source import CheckpointError
 
     console = Console(stderr=True)
-    table = Table("model", title=f"{text.name}, windows of {context} tokens")
+    table = Table(title=f"{text.name}, windows of {context} tokens")
+    table.add_column("model", overflow="fold")
     for heading in ("bits a weight", "perplexity", "ratio"):
         table.add_column(heading, justify="right")
     rows = []
