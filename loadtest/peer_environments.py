@@ -48,7 +48,7 @@ class PeerEnvironment:
         return found
 
     def make(self) -> Path:
-        """Create it; returns its interpreter.
+        """Create it, or complete what is there; returns its interpreter.
 
         Raises:
             PeerError: a step failed.
@@ -56,7 +56,8 @@ class PeerEnvironment:
         python = self.folder / "bin" / "python"
         doing = "creating a virtual environment"
         try:
-            venv.create(self.folder, with_pip=True)
+            if not python.is_file():
+                venv.create(self.folder, with_pip=True)
             for package in self.packages:
                 doing = f"installing {package}"
                 command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
