@@ -63,12 +63,12 @@ if TYPE_CHECKING:
 
 WIKITEXT, CALIBRATION = Path("lm") / "wikitext2_test.txt", Path("lm") / "wikitext2_valid.txt"
 SPEC_BENCH = Path("spec") / "specbench.jsonl"
-WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS = 16, 1, 1024
+WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS, QUICK_WINDOW_TOKENS = 16, 1, 1024, 512
 SEQUENCES, SEQUENCE_TOKENS = 32, 512  # that GPTQ takes
 ANSWERS, ANSWER_TOKENS, INT4 = 60, 64, "finequant+easyquant"
 SECTIONS, QUICK_SECTIONS = ("perplexity", "seconds", "likelihood", "speed"), ("perplexity", "speed")
 NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (SPEC_BENCH,), "speed": (WIKITEXT, SPEC_BENCH)}
-PER_WAVE, QUICK_PER_WAVE = {"b1": 3, "c8": 8}, {"b1": 1, "c8": 8}
+PER_WAVE = {"b1": 3, "c8": 8}
 REPEATS, MAX_TOKENS, QUICK_MAX_TOKENS = 3, 64, 24
 QUICK_CHARACTERS = 300  # of a prompt: the longest take bfloat16 a minute to read
 
@@ -83,7 +83,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", help=f"comma-separated sections; default {','.join(SECTIONS)}")
     parser.add_argument("--servers", help=f"comma-separated; default {','.join(speed.SERVERS)}")
     parser.add_argument("--repeats", type=int, help=f"of loads and commands; default {REPEATS}")
-    parser.add_argument("--quick", action="store_true", help="one window, fewer choices, few short chats")
+    parser.add_argument("--quick", action="store_true", help="one short window, fewer choices, short chats")
     parser.add_argument("--record", help="how the file of results is called, after `bench_quantization.`")
     options = parser.parse_args(arguments)
     sections = QUICK_SECTIONS if options.quick else SECTIONS
@@ -139,7 +139,8 @@ def spec_bench(data: Path) -> list[Prompt]:
 
 def measure_choices(report: Report, options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity, bits and seconds of each choice."""
-    texts = token_windows(options.data / WIKITEXT, options.windows, WINDOW_TOKENS)
+    length = QUICK_WINDOW_TOKENS if options.quick else WINDOW_TOKENS
+    texts = token_windows(options.data / WIKITEXT, options.windows, length)
     sequences: list[list[int]] = []
     if any(choice.startswith("gptq") for choice in options.choices):
         sequences = token_windows(options.data / CALIBRATION, SEQUENCES, SEQUENCE_TOKENS)
@@ -201,17 +202,17 @@ def measure_likelihood(report: Report, options: argparse.Namespace) -> dict[str,
 def measure_speed(report: Report, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second through servers, and the perplexity of Galley's."""
     prompts = spec_bench(options.data)
-    per_wave, tokens = PER_WAVE, MAX_TOKENS
+    tokens = MAX_TOKENS
     if options.quick:
         prompts = [prompt for prompt in prompts if len(prompt.text) <= QUICK_CHARACTERS]
-        per_wave, tokens = QUICK_PER_WAVE, QUICK_MAX_TOKENS
+        tokens = QUICK_MAX_TOKENS
     waves, figures = [], {}
     with speed.all_serving(options.servers) as servers:
         if speed.OURS in servers and not options.quick:
             texts = token_windows(options.data / WIKITEXT, 2, WINDOW_TOKENS)
             with speed.awake(servers[speed.OURS]):
                 figures["ppl_served"] = round(served_perplexity(servers[speed.OURS], texts), 4)
-        for wave in speed.measure(servers, prompts, per_wave, options.repeats, tokens):
+        for wave in speed.measure(servers, prompts, PER_WAVE, options.repeats, tokens):
             waves.append(wave)
             console.print(f"{wave.server}, {wave.load}: {wave.speed:.1f} tokens/s")
     report.add("speed", {"settings": speed.settings(tokens), "waves": speed.values_of(waves)})
