@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 WIKITEXT, CALIBRATION = Path("lm") / "wikitext2_test.txt", Path("lm") / "wikitext2_valid.txt"
 SPEC_BENCH = Path("spec") / "specbench.jsonl"
 WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS, QUICK_WINDOW_TOKENS = 16, 1, 1024, 512
-SEQUENCES, SEQUENCE_TOKENS = 32, 512  # that GPTQ takes
+SEQUENCES, SEQUENCE_TOKENS = 24, 512  # that GPTQ takes
 ANSWERS, ANSWER_TOKENS, INT4 = 60, 64, "finequant+easyquant"
 SECTIONS, QUICK_SECTIONS = ("perplexity", "seconds", "likelihood", "speed"), ("perplexity", "speed")
 NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (SPEC_BENCH,), "speed": (WIKITEXT, SPEC_BENCH)}
