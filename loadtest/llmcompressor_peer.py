@@ -51,6 +51,7 @@ class PeerResult:
 
     seconds: float
     cpu_seconds: float
+    threads: int
     weights: dict[str, torch.Tensor]
 
 
@@ -95,9 +96,10 @@ def quantized(folder: Path, options: PeerOptions, sequences: Sequence[Sequence[i
             )
             said = json.loads(done.stdout.splitlines()[-1])
             seconds, processor = float(said["seconds"]), float(said["cpu_seconds"])
+            threads = int(said["threads"])
         except (subprocess.SubprocessError, OSError) as error:
             last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
             raise PeerError(f"llm-compressor, {options}: {' '.join(last)}") from error
         except (ValueError, IndexError, KeyError) as error:
             raise PeerError(f"llm-compressor, {options}: found {done.stdout[-200:]!r}") from error
-        return PeerResult(seconds, processor, load_file(out))
+        return PeerResult(seconds, processor, threads, load_file(out))

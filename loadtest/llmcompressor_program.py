@@ -2,7 +2,8 @@
 of its own.
 
 Reads a request as JSON from the standard input, writes the weights as the numbers that the codes stand for to
-the file that it names, and prints the clock's and the processor's seconds as a last line of JSON.
+the file that it names, and prints the clock's and the processor's seconds and its threads as a
+last line of JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> None:
     )
     seconds, processor = time.perf_counter() - start, time.process_time() - before
     save_file(dequantized(model), request["out"])
-    print(json.dumps({"seconds": seconds, "cpu_seconds": processor}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": processor, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numba
 import torch
 
 from galley_plugins.models import resolve
@@ -117,6 +118,7 @@ def measure_peer(
         "relative_error": put(model, originals, found.weights),
         "seconds": round(found.seconds, 2),
         "cpu_seconds": round(found.cpu_seconds, 2),
+        "threads": found.threads,
         "weights": total,
     }
     if with_data:
@@ -124,6 +126,7 @@ def measure_peer(
             "sequences": len(sequences),
             "sequence_tokens": len(sequences[0]),
             "easyquant_seconds": [round(clock, 2) for clock, _ in beside],
+            "easyquant_threads": numba.get_num_threads(),
             "easyquant_cpu_seconds": [round(processor, 2) for _, processor in beside],
             "over_easyquant": round(found.seconds / median(clock for clock, _ in beside), 2),
             "cpu_over_easyquant": round(found.cpu_seconds / median(used for _, used in beside), 2),

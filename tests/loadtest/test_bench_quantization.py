@@ -45,7 +45,7 @@ def test_a_peers_weights_stand_beside_easyquants_seconds(monkeypatch: pytest.Mon
 
     def quantized(folder: Any, options: PeerOptions, sequences: Any) -> PeerResult:
         asked.append((options, sequences))
-        return PeerResult(12.0, 20.0, {"a": originals["a"] * 1.1})
+        return PeerResult(12.0, 20.0, 1, {"a": originals["a"] * 1.1})
 
     monkeypatch.setattr(llmcompressor_peer, "quantized", quantized)
     row = quantization_choices.measure_peer(model, originals, PeerOptions("gptq", 32), [[1, 2], [3, 4]])

@@ -23,7 +23,7 @@ request = json.load(sys.stdin)
 rows = torch.tensor([len(request["sequences"]), request["group_size"]])
 save_file({"layer": rows.float()}, request["out"])
 print("said on the way")
-print(json.dumps({"seconds": 2.5, "cpu_seconds": 5}))
+print(json.dumps({"seconds": 2.5, "cpu_seconds": 5, "threads": 2}))
 """
 
 
@@ -45,7 +45,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_only_gptq_is_given_sequences(tmp_path: Path) -> None:
     for method, count in (("rtn", 0), ("gptq", 2)):
         found = quantized(tmp_path, PeerOptions(method, 64), [[1, 2], [3]])
-        assert (found.seconds, found.cpu_seconds) == (2.5, 5)
+        assert (found.seconds, found.cpu_seconds, found.threads) == (2.5, 5, 2)
         assert torch.equal(found.weights["layer"], torch.tensor([count, 64.0]))
 
 
