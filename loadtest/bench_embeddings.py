@@ -192,7 +192,8 @@ class Bench:
         from transformers import AutoTokenizer
 
         from galley_plugins.models import resolve
-        from loadtest.perplexity import perplexity, windows
+        from galley_plugins.quantization.perplexity import windows
+        from loadtest.perplexity import perplexity
         from loadtest.servers import MODEL, plain_vllm
 
         options = self._options

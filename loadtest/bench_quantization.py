@@ -4,7 +4,13 @@
 Perplexity is of WikiText-2's test text, over windows of 1024 tokens one behind the other. The weights of the
 decoder layers' linear maps are quantized and put back as what they stand for; embeddings, norms and the
 output layer stay. The model runs in transformers, in float32. Bits count codes, scales, and of outliers
-values, columns and the starts of rows.
+values, columns and the starts of rows. llm-compressor's round to nearest and GPTQ stand beside Galley's ways;
+GPTQ takes sequences of WikiText-2's validation text, and EasyQuant is timed before and after it.
+
+Seconds are those of the command `galley quantize`, start and imports included, method by method in turn.
+
+Likelihood is of answers that the full weights give to Spec-Bench's prompts as chats, greedily, under them and
+under `finequant+easyquant` as `galley quantize` writes it.
 
 Speed is tokens a second through servers (loadtest/quantization_speed.py), prompts of Spec-Bench, one chat
 after the other (b1) and eight at once (c8): vLLM in bfloat16, llama.cpp with the model's own Q4_1 file, and
@@ -14,7 +20,11 @@ Figures:
     ppl_*              perplexity; fp is of the weights as they came, served is of Galley's 4-bit server over
                        the first two windows, activations being integers and the output layer of 8 bits
     bits_*             bits per quantized weight
-    seconds_*          to quantize all of them
+    seconds_*          to quantize all of them, without starting or loading
+    seconds_over_easyquant_*  GPTQ's over EasyQuant's with the same groups, of the same minutes; cpu_ is of
+                       the processor's seconds, all cores together, here and elsewhere
+    command_seconds_*  of `galley quantize`, medians; per_billion is for each billion of weights quantized
+    likelihood_*       mean log-probability of a token of the answers, in nats; loss is how much lower int4 is
     int4_speedup_*     Galley's 4-bit server over vLLM in bfloat16
     over_llamacpp_*    the same with drafts, over llama.cpp
 """
@@ -22,87 +32,45 @@ Figures:
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
-import time
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
+from rich.progress import track
 
 from galley_plugins.models import resolve
-from galley_plugins.quantization.options import QuantizationOptions
-from galley_plugins.quantization.quantizer import quantize
+from galley_plugins.quantization.checkpoint import quantize_checkpoint
+from galley_plugins.quantization.comparison import load
+from galley_plugins.quantization.perplexity import windows
+from galley_plugins.quantization.plan import Plan
+from loadtest import likelihood, llmcompressor_peer, quantization_choices, quantize_seconds
 from loadtest import quantization_speed as speed
 from loadtest.harness import Report, console
+from loadtest.llmcompressor_peer import PeerOptions
+from loadtest.peer_environments import PeerError
 from loadtest.perplexity import perplexity as served_perplexity
-from loadtest.perplexity import windows
+from loadtest.quantization_choices import CHOICES, QUICK_CHOICES
 from loadtest.servers import MODEL
-from loadtest.specbench import in_turn, load_prompts
+from loadtest.specbench import Prompt, in_turn, load_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WIKITEXT = Path("lm") / "wikitext2_test.txt"
+WIKITEXT, CALIBRATION = Path("lm") / "wikitext2_test.txt", Path("lm") / "wikitext2_valid.txt"
 SPEC_BENCH = Path("spec") / "specbench.jsonl"
-WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS = 16, 1, 1024
-SECTIONS = ("perplexity", "speed")
-PER_WAVE, QUICK_PER_WAVE = {"b1": 3, "c8": 8}, {"b1": 1, "c8": 8}
+WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS, QUICK_WINDOW_TOKENS = 16, 1, 1024, 512
+SEQUENCES, SEQUENCE_TOKENS = 24, 512  # that GPTQ takes
+ANSWERS, ANSWER_TOKENS, INT4 = 60, 64, "finequant+easyquant"
+SECTIONS, QUICK_SECTIONS = ("perplexity", "seconds", "likelihood", "speed"), ("perplexity", "speed")
+NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (SPEC_BENCH,), "speed": (WIKITEXT, SPEC_BENCH)}
+PER_WAVE = {"b1": 3, "c8": 8}
 REPEATS, MAX_TOKENS, QUICK_MAX_TOKENS = 3, 64, 24
-CHOICES: dict[str, QuantizationOptions] = {
-    "int8": QuantizationOptions("rtn", bits=8),
-    "rtn_channel": QuantizationOptions("rtn"),
-    "easyquant": QuantizationOptions("easyquant"),
-    "rtn_g64": QuantizationOptions("rtn", group_size=64),
-    "rtn_g32": QuantizationOptions("rtn", group_size=32),
-    "finequant": QuantizationOptions("finequant"),
-    "both": QuantizationOptions("finequant+easyquant"),
-    "both_2.5": QuantizationOptions("finequant+easyquant", sigma=2.5),
-    "both_g32": QuantizationOptions("finequant+easyquant", group_sizes=(32,)),
-}
-QUICK_CHOICES = ("int8", "finequant", "easyquant", "both")
-
-
-@torch.inference_mode()
-def perplexity(model: Any, texts: Sequence[list[int]]) -> float:
-    """exp of the mean negative log-likelihood in nats; a window's first token is given."""
-    total = 0.0
-    for ids in texts:
-        logits = model(torch.tensor([ids])).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
-    return math.exp(total / sum(len(ids) - 1 for ids in texts))
-
-
-def measure(model: Any, originals: dict[str, torch.Tensor], options: QuantizationOptions) -> dict[str, Any]:
-    """Quantize the model's linear maps in place; bits, outliers, group sizes, error and seconds."""
-    seconds = bits = outliers = error = energy = 0.0
-    sizes: dict[str, int] = {}
-    for name, weights in originals.items():
-        start = time.perf_counter()
-        matrix = quantize(weights, options)
-        seconds += time.perf_counter() - start
-        bits += matrix.bits_per_weight * weights.numel()
-        outliers += matrix.outlier_share * weights.numel()
-        size = str(matrix.group_size) if options.chooses_groups or options.group_size else "channel"
-        sizes[size] = sizes.get(size, 0) + 1
-        back = matrix.dequantize()
-        error += float((back - weights).square().sum())
-        energy += float(weights.square().sum())
-        model.get_submodule(name).weight.data.copy_(back)
-    total = sum(weights.numel() for weights in originals.values())
-    return {
-        "options": options.to_values(),
-        "bits": round(bits / total, 4),
-        "outlier_share": round(outliers / total, 6),
-        "matrices_by_group_size": sizes,
-        "relative_error": round(math.sqrt(error / energy), 5),
-        "seconds": round(seconds, 2),
-        "weights": total,
-    }
+QUICK_CHARACTERS = 300  # of a prompt: the longest take bfloat16 a minute to read
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -114,88 +82,163 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--choices", help=f"comma-separated; default {','.join(CHOICES)}")
     parser.add_argument("--only", help=f"comma-separated sections; default {','.join(SECTIONS)}")
     parser.add_argument("--servers", help=f"comma-separated; default {','.join(speed.SERVERS)}")
-    parser.add_argument("--repeats", type=int, help=f"waves of prompts for each load; default {REPEATS}")
-    parser.add_argument("--quick", action="store_true", help="one window, fewer choices, few short answers")
+    parser.add_argument("--repeats", type=int, help=f"of loads and commands; default {REPEATS}")
+    parser.add_argument("--quick", action="store_true", help="one short window, fewer choices, short chats")
+    parser.add_argument("--record", help="how the file of results is called, after `bench_quantization.`")
     options = parser.parse_args(arguments)
-    for name, known in (("only", SECTIONS), ("servers", speed.SERVERS)):
+    sections = QUICK_SECTIONS if options.quick else SECTIONS
+    choices = QUICK_CHOICES if options.quick else tuple(CHOICES)
+    for name, known, default in (
+        ("only", SECTIONS, sections),
+        ("servers", speed.SERVERS, speed.SERVERS),
+        ("choices", CHOICES, choices),
+    ):
         given = getattr(options, name)
-        setattr(options, name, list(known) if given is None else given.split(","))
+        setattr(options, name, list(default) if given is None else given.split(","))
         if unknown := sorted(set(getattr(options, name)) - set(known)):
             parser.error(f"--{name}: found {', '.join(unknown)}, expected some of {', '.join(known)}")
+    if options.record is None and not options.quick and set(options.only) != set(SECTIONS):
+        options.record = ".".join(options.only)
+    options.record = options.record or ("quick" if options.quick else None)
     options.repeats = options.repeats or (1 if options.quick else REPEATS)
-    options.windows = options.windows or (QUICK_WINDOWS if options.quick else WINDOWS)
-    chosen = options.choices.split(",") if options.choices else (QUICK_CHOICES if options.quick else CHOICES)
-    unknown = sorted(set(chosen) - set(CHOICES))
-    if unknown:
-        parser.error(f"--choices: found {', '.join(unknown)}, expected some of {', '.join(CHOICES)}")
-    options.choices = list(chosen)
+    options.windows = QUICK_WINDOWS if options.quick and options.windows is None else options.windows
+    options.windows = WINDOWS if options.windows is None else options.windows
     if options.windows < 1:
         parser.error(f"--windows: found {options.windows}, expected at least 1")
     options.data = options.data or (Path(os.environ["GALLEY_DATA"]) if "GALLEY_DATA" in os.environ else None)
-    for path in (WIKITEXT, SPEC_BENCH) if "speed" in options.only else (WIKITEXT,):
+    peers = [CHOICES[choice] for choice in options.choices] if "perplexity" in options.only else []
+    peers = [choice for choice in peers if isinstance(choice, PeerOptions)]
+    needed = [path for section in options.only for path in NEEDED.get(section, ())]
+    if any(choice.method == "gptq" for choice in peers):
+        needed.append(CALIBRATION)
+    for path in needed:
         if options.data is None or not (options.data / path).is_file():
             parser.error(f"--data: expected a folder with {path}, or GALLEY_DATA that names one")
+    if peers:
+        try:
+            llmcompressor_peer.environment().python()
+        except PeerError as error:
+            parser.error(f"--choices: {error}")
     return options
 
 
-def measure_choices(report: Report, texts: Sequence[list[int]], choices: Sequence[str]) -> dict[str, Any]:
-    """Perplexity, bits and seconds of each choice."""
-    from transformers import AutoModelForCausalLM
+def token_windows(path: Path, count: int, length: int) -> list[list[int]]:
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(resolve(MODEL), dtype=torch.float32).eval()
-    originals = {
-        name: module.weight.detach().clone()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
-    }
-    quantize(next(iter(originals.values()))[:8], CHOICES["both"])  # compiles
-    figures: dict[str, Any] = {"ppl_fp": round(perplexity(model, texts), 4)}
-    console.print(f"fp: {figures['ppl_fp']}")
+    text = path.read_text(encoding="utf-8")
+    return windows(
+        AutoTokenizer.from_pretrained(resolve(MODEL))(text, verbose=False)["input_ids"], count, length
+    )
+
+
+def spec_bench(data: Path) -> list[Prompt]:
+    """First turns, of one task after the other in turn."""
+    lines = (data / SPEC_BENCH).read_text(encoding="utf-8").splitlines()
+    return in_turn(list(load_prompts(lines).values()))
+
+
+def measure_choices(report: Report, options: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity, bits and seconds of each choice."""
+    length = QUICK_WINDOW_TOKENS if options.quick else WINDOW_TOKENS
+    texts = token_windows(options.data / WIKITEXT, options.windows, length)
+    sequences: list[list[int]] = []
+    if any(choice.startswith("gptq") for choice in options.choices):
+        sequences = token_windows(options.data / CALIBRATION, SEQUENCES, SEQUENCE_TOKENS)
+    figures: dict[str, Any] = {}
     rows = {}
-    for choice in choices:
-        rows[choice] = row = measure(model, originals, CHOICES[choice])
-        row["perplexity"] = round(perplexity(model, texts), 4)
-        figures |= {f"ppl_{choice}": row["perplexity"], f"bits_{choice}": row["bits"]}
-        figures[f"seconds_{choice}"] = row["seconds"]
-        console.print(f"{choice}: {row['perplexity']} at {row['bits']} bits, {row['seconds']} s")
+    for choice, row in quantization_choices.measure_all(texts, sequences, options.choices):
+        rows[choice] = row
+        figures |= quantization_choices.figures_of(choice, row)
+        console.print(f"{choice}: {row['perplexity']} at {row['bits']} bits, {row.get('seconds', 0)} s")
     report.add("choices", rows)
     return figures
 
 
-def measure_speed(report: Report, texts: Sequence[list[int]], options: argparse.Namespace) -> dict[str, Any]:
+def measure_seconds(report: Report, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the command `galley quantize`."""
+    runs = []
+    for run in quantize_seconds.measure(options.repeats):
+        runs.append(run)
+        console.print(f"galley quantize --method {run['method']}: {run['seconds']} s")
+    report.add("seconds", {"runs": runs})
+    return quantize_seconds.figures_of(runs)
+
+
+def measure_likelihood(report: Report, options: argparse.Namespace) -> dict[str, Any]:
+    """What 4-bit weights think of the answers of full ones."""
+    from transformers import AutoTokenizer
+
+    prompts, folder = spec_bench(options.data)[:ANSWERS], resolve(MODEL)
+    assert isinstance(folder, Path)
+    model, tokenizer = load(folder).model, AutoTokenizer.from_pretrained(folder)
+    answers = likelihood.greedy_answers(
+        model,
+        tokenizer,
+        [prompt.text for prompt in prompts],
+        ANSWER_TOKENS,
+        advance=lambda count: console.print(f"{count} answers"),
+    )
+    own = likelihood.scores(model, track(answers, "full weights", console=console))
+    with tempfile.TemporaryDirectory(prefix="galley-quantize-") as place:
+        out = Path(place) / "int4"
+        quantize_checkpoint(folder, out, Plan.from_values({"method": INT4}))
+        loaded = load(out)
+    four = likelihood.scores(loaded.model, track(answers, "4-bit weights", console=console))
+    rows = [
+        {"question": prompt.question, "category": prompt.category, "tokens": len(answer.written)}
+        | {"bf16": round(sum(full), 4), "int4": round(sum(low), 4)}
+        for prompt, answer, full, low in zip(prompts, answers, own, four, strict=True)
+    ]
+    report.add("likelihood", {"method": INT4, "max_tokens": ANSWER_TOKENS, "answers": rows})
+    return {
+        "likelihood_bf16": round(likelihood.mean(own), 4),
+        "likelihood_int4": round(likelihood.mean(four), 4),
+        "likelihood_loss": round(likelihood.mean(own) - likelihood.mean(four), 4),
+        "likelihood_tokens": sum(map(len, own)),
+        "likelihood_bits": round(loaded.bits_per_weight, 4),
+    }
+
+
+def measure_speed(report: Report, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second through servers, and the perplexity of Galley's."""
-    lines = (options.data / SPEC_BENCH).read_text(encoding="utf-8").splitlines()
-    prompts = in_turn(list(load_prompts(lines).values()))
-    per_wave, tokens = (QUICK_PER_WAVE, QUICK_MAX_TOKENS) if options.quick else (PER_WAVE, MAX_TOKENS)
+    prompts = spec_bench(options.data)
+    tokens = MAX_TOKENS
+    if options.quick:
+        prompts = [prompt for prompt in prompts if len(prompt.text) <= QUICK_CHARACTERS]
+        tokens = QUICK_MAX_TOKENS
     waves, figures = [], {}
     with speed.all_serving(options.servers) as servers:
-        if speed.OURS in servers:
+        if speed.OURS in servers and not options.quick:
+            texts = token_windows(options.data / WIKITEXT, 2, WINDOW_TOKENS)
             with speed.awake(servers[speed.OURS]):
-                figures["ppl_served"] = round(served_perplexity(servers[speed.OURS], texts[:2]), 4)
-        for wave in speed.measure(servers, prompts, per_wave, options.repeats, tokens):
+                figures["ppl_served"] = round(served_perplexity(servers[speed.OURS], texts), 4)
+        for wave in speed.measure(servers, prompts, PER_WAVE, options.repeats, tokens):
             waves.append(wave)
             console.print(f"{wave.server}, {wave.load}: {wave.speed:.1f} tokens/s")
     report.add("speed", {"settings": speed.settings(tokens), "waves": speed.values_of(waves)})
     return figures | speed.figures_of(waves)
 
 
-def main() -> None:
-    from transformers import AutoTokenizer
+MEASURES = {
+    "perplexity": measure_choices,
+    "seconds": measure_seconds,
+    "likelihood": measure_likelihood,
+    "speed": measure_speed,
+}
 
+
+def main() -> None:
     options = read_options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    name = "bench_quantization.quick" if options.quick else "bench_quantization"
-    if options.only == ["speed"]:
-        name += ".speed"
-    report = Report(name, {**vars(options), "data": options.data.name})
-    text = (options.data / WIKITEXT).read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(resolve(MODEL))(text, verbose=False)["input_ids"]
-    texts = windows(ids, options.windows, WINDOW_TOKENS)
+    name = "bench_quantization" + (f".{options.record}" if options.record else "")
+    data = options.data and options.data.name
+    report = Report(name, {**vars(options), "data": data})
     figures: dict[str, Any] = {}
-    if "perplexity" in options.only:
-        figures |= measure_choices(report, texts, options.choices)
-    if "speed" in options.only:
-        figures |= measure_speed(report, texts, options)
+    try:
+        for section in options.only:
+            figures |= MEASURES[section](report, options)
+    except (PeerError, quantize_seconds.CommandError) as error:
+        sys.exit(f"bench_quantization: {error}")
     report.finish(figures)
 
 

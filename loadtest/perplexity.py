@@ -13,17 +13,6 @@ if TYPE_CHECKING:
     from loadtest.servers import Server
 
 
-def windows(ids: Sequence[int], count: int, length: int) -> list[list[int]]:
-    """The first `count` windows of `length` tokens, one behind the other.
-
-    Raises:
-        ValueError: the text is too short.
-    """
-    if len(ids) < count * length:
-        raise ValueError(f"found {len(ids)} tokens, expected {count} windows of {length}")
-    return [list(ids[place * length : (place + 1) * length]) for place in range(count)]
-
-
 def perplexity(server: Server, texts: Sequence[list[int]]) -> float:
     """exp of the mean negative log-likelihood in nats; a text's first token is given.
 

@@ -2,7 +2,7 @@
 """What packed weights are compared with: llama.cpp's server, and its own 4-bit file of the built-in model.
 
 It comes as `xllamacpp` (llama.cpp with Python around it) in a virtual environment of its own in Galley's
-cache folder: `python loadtest/quantization_peers.py` makes it.
+cache folder: `python loadtest/quantization_peers.py` makes it, and that of `loadtest.llmcompressor_peer`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from galley.paths import cache_root
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from loadtest import llmcompressor_peer
+from loadtest.peer_environments import PeerEnvironment, PeerError
 from loadtest.servers import Server, free_port, running
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 VERSION = "2026.10.11549"
 PACKAGE = f"xllamacpp=={VERSION}"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL_SECONDS = 600.0
+ENVIRONMENT = PeerEnvironment(f"xllamacpp-{VERSION}", (PACKAGE,))
 SLOTS, SLOT_TOKENS = 8, 2048
 
 # It serves until its input ends.
@@ -42,14 +40,6 @@ given.cpuparams.n_threads = given.cpuparams_batch.n_threads = int(sys.argv[5])
 server = xllamacpp.Server(given)
 sys.stdin.read()
 """
-
-
-class PeerError(RuntimeError):
-    """A peer cannot be had here; the message says what to do."""
-
-
-def home() -> Path:
-    return cache_root() / "peers" / f"xllamacpp-{VERSION}"
 
 
 def gguf() -> Path:
@@ -66,22 +56,6 @@ def gguf() -> Path:
     return path
 
 
-def make(directory: Path) -> Path:
-    """Create the environment; returns its interpreter.
-
-    Raises:
-        PeerError: a step failed.
-    """
-    python = directory / "bin" / "python"
-    try:
-        venv.create(directory, with_pip=True)
-        command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", PACKAGE]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS)
-    except (subprocess.SubprocessError, OSError) as error:
-        raise PeerError(f"installing {PACKAGE}: {getattr(error, 'stderr', None) or error}") from error
-    return python
-
-
 @contextlib.contextmanager
 def llama_server(path: Path) -> Iterator[Server]:
     """llama.cpp's server with as many slots as prompts are asked at once.
@@ -89,9 +63,7 @@ def llama_server(path: Path) -> Iterator[Server]:
     Raises:
         PeerError: it is not installed.
     """
-    python = home() / "bin" / "python"
-    if not python.is_file():
-        raise PeerError(f"{python} is not there: `python loadtest/quantization_peers.py` makes it")
+    python = ENVIRONMENT.python()
     port, threads = free_port(), len(os.sched_getaffinity(0))
     command = [str(python), "-c", PROGRAM, str(path), str(port), str(SLOTS), str(SLOT_TOKENS), str(threads)]
     reading, writing = os.pipe()
@@ -109,7 +81,8 @@ def main() -> None:
     )
     parser.parse_args()
     try:
-        print(make(home()))
+        for environment in (ENVIRONMENT, llmcompressor_peer.environment()):
+            print(environment.make())
     except PeerError as error:
         sys.exit(f"quantization_peers: {error}")
 

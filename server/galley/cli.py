@@ -37,6 +37,9 @@ app.add_typer(memory_app, name="memory")
 embed_app = typer.Typer(help="Measure, tune and train embeddings.", no_args_is_help=True)
 app.add_typer(embed_app, name="embed")
 
+bench_app = typer.Typer(help="Measure models.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 out = Console()
 err = Console(stderr=True)
 
@@ -263,6 +266,16 @@ for _name, _text in (
 def quantize(context: typer.Context) -> None:
     """Quantize a model's weights without data, into a new folder; --help says how."""
     _run_plugin("galley_plugins.quantization", ["quantize", *context.args])
+
+
+@bench_app.command(
+    "perplexity",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench_perplexity(context: typer.Context) -> None:
+    """Compare checkpoints, quantized ones too, by the perplexity of a text; --help says how."""
+    _run_plugin("galley_plugins.quantization", ["perplexity", *context.args])
 
 
 @app.command()

@@ -1,5 +1,8 @@
+"""The benchmark's own work; no engine and no peer."""
+
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -8,30 +11,22 @@ import torch
 
 from galley_plugins.quantization.options import QuantizationOptions
 from loadtest import bench_quantization as bench
+from loadtest import llmcompressor_peer, quantization_choices
 from loadtest import quantization_speed as speed
+from loadtest.llmcompressor_peer import PeerOptions, PeerResult
 from loadtest.quantization_speed import Wave
 from loadtest.specbench import Prompt
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
-
-
-class Uniform(torch.nn.Module):
-    """Knows nothing: every one of eight tokens is as likely."""
-
-    def forward(self, ids: torch.Tensor) -> Any:
-        return type("Output", (), {"logits": torch.zeros(*ids.shape, 8)})
-
-
-def test_a_model_that_knows_nothing_is_as_perplexed_as_there_are_tokens() -> None:
-    assert bench.perplexity(Uniform(), [[0, 1, 2], [3, 4]]) == pytest.approx(8)
 
 
 def test_the_model_gets_what_the_codes_stand_for_and_bits_are_weighted_by_size() -> None:
     torch.manual_seed(3)
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 32), "b": torch.nn.Linear(128, 32)})
     originals = {name: module.weight.detach().clone() for name, module in model.items()}
-    row = bench.measure(model, originals, QuantizationOptions("rtn"))
+    row = quantization_choices.measure(model, originals, QuantizationOptions("rtn"))
     assert row["bits"] == pytest.approx(4 + 16 * 64 / (32 * 64 + 32 * 128), abs=1e-4)  # one scale each row
     assert row["matrices_by_group_size"] == {"channel": 2}
     changed = sum(
@@ -42,29 +37,71 @@ def test_the_model_gets_what_the_codes_stand_for_and_bits_are_weighted_by_size()
     assert 0 < row["relative_error"] < 0.15
 
 
+def test_a_peers_weights_stand_beside_easyquants_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 32)})
+    originals = {"a": model["a"].weight.detach().clone()}
+    asked: list[Any] = []
+
+    def quantized(folder: Any, options: PeerOptions, sequences: Any) -> PeerResult:
+        asked.append((options, sequences))
+        return PeerResult(12.0, 20.0, 1, {"a": originals["a"] * 1.1})
+
+    monkeypatch.setattr(llmcompressor_peer, "quantized", quantized)
+    row = quantization_choices.measure_peer(model, originals, PeerOptions("gptq", 32), [[1, 2], [3, 4]])
+    assert asked == [(PeerOptions("gptq", 32), [[1, 2], [3, 4]])]
+    assert row["relative_error"] == pytest.approx(0.1, abs=1e-5)
+    assert torch.equal(model["a"].weight, originals["a"] * 1.1)
+    assert (row["bits"], row["seconds"], row["sequences"], row["sequence_tokens"]) == (4.5, 12, 2, 2)
+    assert len(row["easyquant_seconds"]) == 2
+    assert row["over_easyquant"] > 1
+    figures = quantization_choices.figures_of("gptq_g32", {**row, "perplexity": 9.0})
+    assert figures["seconds_over_easyquant_gptq_g32"] == row["over_easyquant"]
+    row = quantization_choices.measure_peer(model, originals, PeerOptions("rtn"), [])
+    assert row["bits"] == 4.25  # one scale for 64 inputs
+    assert "over_easyquant" not in row
+    with pytest.raises(ValueError, match="found weights of 0 modules, expected 1"):
+        quantization_choices.put(model, originals, {})
+
+
 def test_data_and_choices_are_checked_before_anything_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GALLEY_DATA", raising=False)
-    for arguments, message in (
-        ([], "expected a folder with lm/wikitext2_test.txt"),
-        (["--data", str(tmp_path)], "expected a folder with lm/wikitext2_test.txt"),
-        (["--choices", "gptq"], "--choices: found gptq, expected some of int8"),
-    ):
+    monkeypatch.setenv("GALLEY_CACHE_DIR", str(tmp_path / "cache"))
+
+    def refused(*arguments: str) -> str:
         with pytest.raises(SystemExit):
-            bench.read_options(arguments)
-        assert message in capsys.readouterr().err
+            bench.read_options(list(arguments))
+        return capsys.readouterr().err
+
+    data = ("--data", str(tmp_path))
+    assert "expected a folder with lm/wikitext2_test.txt" in refused()
+    assert "expected a folder with lm/wikitext2_test.txt" in refused(*data)
+    assert "--choices: found awq, expected some of int8" in refused("--choices", "awq")
+    assert "--only: found sped, expected some of perplexity, seconds" in refused("--only", "sped")
     (tmp_path / "lm").mkdir()
     (tmp_path / bench.WIKITEXT).write_text("words")
-    with pytest.raises(SystemExit):
-        bench.read_options(["--data", str(tmp_path)])
-    assert "expected a folder with spec/specbench.jsonl" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench.read_options(["--only", "sped"])
-    assert "--only: found sped, expected some of perplexity, speed" in capsys.readouterr().err
-    options = bench.read_options(["--data", str(tmp_path), "--quick", "--only", "perplexity"])
-    assert (options.windows, options.choices) == (1, list(bench.QUICK_CHOICES))
-    assert (options.only, options.repeats) == (["perplexity"], 1)
+    assert "expected a folder with spec/specbench.jsonl" in refused(*data)
+    gptq = ("--only", "perplexity", "--choices", "gptq_g64")
+    assert "expected a folder with lm/wikitext2_valid.txt" in refused(*data, *gptq)
+    (tmp_path / bench.CALIBRATION).write_text("words")
+    assert "is not there: `python loadtest/quantization_peers.py` makes it" in refused(*data, *gptq)
+    assert "--windows: found 0, expected at least 1" in refused(*data, *gptq, "--windows", "0")
+
+
+def test_records_are_called_by_what_they_hold(tmp_path: Path) -> None:
+    for path in (bench.WIKITEXT, bench.SPEC_BENCH):
+        (tmp_path / path).parent.mkdir()
+        (tmp_path / path).write_text("words")
+    data = ("--data", str(tmp_path))
+    options = bench.read_options([*data, "--quick"])
+    assert (options.windows, options.choices, options.repeats) == (1, list(bench.QUICK_CHOICES), 1)
+    assert (options.only, options.record) == (["perplexity", "speed"], "quick")
+    options = bench.read_options(["--only", "seconds"])
+    assert (options.record, options.repeats, options.data) == ("seconds", 3, None)
+    options = bench.read_options([*data, "--only", "likelihood,speed", "--record", "mine"])
+    assert (options.only, options.record) == (["likelihood", "speed"], "mine")
 
 
 def test_ratios_compare_waves_of_the_same_prompts() -> None:
@@ -86,6 +123,34 @@ def test_ratios_compare_waves_of_the_same_prompts() -> None:
     assert figures["int4_over_llamacpp_b1"] == 0.8
     assert figures["tokens_per_second_vllm_bf16_b1"] == 5.0
     assert "over_llamacpp_b1" not in speed.figures_of([wave for wave in waves if wave.server != speed.PEER])
+
+
+def test_servers_that_started_end_when_another_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def serving(name: str) -> Iterator[str]:
+        if name == "broken":
+            raise AssertionError("not healthy")
+        try:
+            yield name
+        finally:
+            told.append((name, "ended"))
+
+    monkeypatch.setattr(speed, "serving", serving)
+    monkeypatch.setattr(speed, "ask_all", lambda *_: None)
+    monkeypatch.setattr(speed, "_signal", lambda server, number: told.append((server, number.name)))
+    with speed.all_serving(["one", "two", "three"]) as servers:
+        assert servers == {"one": "one", "two": "two", "three": "three"}
+        assert sorted(told) == [("one", "SIGSTOP"), ("three", "SIGSTOP"), ("two", "SIGSTOP")]
+        told.clear()
+    ends = [[(name, "SIGCONT"), (name, "ended")] for name in ("three", "two", "one")]
+    assert told == [end for pair in ends for end in pair]
+    told.clear()
+    broken = speed.all_serving(["one", "broken"])
+    with pytest.raises(AssertionError, match="not healthy"):
+        broken.__enter__()
+    assert told[-2:] == [("one", "SIGCONT"), ("one", "ended")]
 
 
 def test_no_prompt_is_asked_twice_and_servers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

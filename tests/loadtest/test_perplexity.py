@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from loadtest.perplexity import log_likelihoods, perplexity, windows
+from loadtest.perplexity import log_likelihoods, perplexity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,12 +48,6 @@ def server() -> Iterator[Any]:
 def test_it_is_the_geometric_mean_over_all_tokens_but_the_first_ones(server: Any) -> None:
     """Likelihoods 1/8, 1/2 and 1/2: the cube root of 2 * 2 * 8."""
     assert perplexity(server, [[1, 3, 2], [5, 4]]) == pytest.approx(32 ** (1 / 3))
-
-
-def test_windows_follow_one_another() -> None:
-    assert windows(range(10), count=2, length=4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    with pytest.raises(ValueError, match="found 10 tokens, expected 3 windows of 4"):
-        windows(range(10), count=3, length=4)
 
 
 def test_a_token_without_its_row_is_an_error() -> None:

@@ -95,7 +95,7 @@ def test_models_lists_configured_and_built_in_ones(run, two_models):
     assert "running elsewhere" in shown
 
 
-def test_a_table_is_built_by_the_worker_packages(run, monkeypatch):
+def test_what_needs_a_model_is_done_by_the_worker_packages(run, monkeypatch):
     commands = []
 
     def build(command, **_):
@@ -106,6 +106,9 @@ def test_a_table_is_built_by_the_worker_packages(run, monkeypatch):
     arguments = ["speculation", "build-table", "corpus", "out", "--tokenizer", "builtin:x", "--help"]
     assert run(*arguments).exit_code == 3
     assert commands == [[sys.executable, "-m", "galley_plugins.speculation", *arguments[1:]]]
+    arguments = ["bench", "perplexity", "text.txt", "builtin:x", "--json"]
+    assert run(*arguments).exit_code == 3
+    assert commands[1:] == [[sys.executable, "-m", "galley_plugins.quantization", *arguments[1:]]]
 
 
 def test_an_interrupted_table_ends_like_any_interrupted_command(run, monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -102,8 +104,7 @@ def quantize_command(
                 ),
             )
     except (ModelError, CheckpointError, ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        _fail(console, str(error))
     weights_total = sum(row.weights for row in rows)
     average = sum(row.bits_per_weight * row.weights for row in rows) / max(weights_total, 1)
     if as_json:
@@ -117,6 +118,70 @@ def quantize_command(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command("perplexity")
+def perplexity_command(
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text file.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="builtin:NAME, folders (quantized ones too) or hub ids."),
+    ],
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 1024,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="How many; default: all that the text fills.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare checkpoints by the perplexity of TEXT: windows of tokens one behind the other.
+
+    Bits count codes, scales and weights kept apart of the matrices that `galley quantize` takes by default;
+    the ratio is to the first MODEL's perplexity. All run in transformers, in float32, with weights as they
+    are stored; what a server rounds besides (activations, the output layer) is not in it.
+    """
+    from galley_plugins.quantization.comparison import compare
+    from galley_plugins.quantization.source import CheckpointError
+
+    console = Console(stderr=True)
+    table = Table(title=f"{text.name}, windows of {context} tokens")
+    table.add_column("model", overflow="fold")
+    for heading in ("bits a weight", "perplexity", "ratio"):
+        table.add_column(heading, justify="right")
+    rows = []
+    try:
+        content = text.read_text(encoding="utf-8")
+        with _progress(console) as progress:
+            folders = [(model, _folder_of(model)) for model in models]
+            bar = progress.add_task("reading", total=None)
+
+            def started(name: str, count: int) -> None:
+                progress.reset(bar, total=count, description=name)
+
+            for row in compare(
+                content,
+                folders,
+                context=context,
+                count=windows,
+                started=started,
+                advance=lambda: progress.advance(bar),
+            ):
+                rows.append(row)
+                table.add_row(
+                    row.name, f"{row.bits_per_weight:.2f}", f"{row.perplexity:.3f}", f"{row.ratio:.4f}"
+                )
+    except UnicodeDecodeError as error:
+        _fail(console, f"{text}: found {error.reason} at byte {error.start}, expected UTF-8 text")
+    except (ModelError, CheckpointError, ValueError, OSError) as error:
+        _fail(console, str(error))
+    if as_json:
+        print(json.dumps({"text": text.name, "context": context, "models": [asdict(row) for row in rows]}))  # noqa: T201
+    else:
+        Console().print(table)
+
+
+def _fail(console: Console, message: str) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2) from None
 
 
 def _rule(text: str) -> tuple[str, dict[str, Any]]:

@@ -53,11 +53,9 @@ class QuantizedMatrix:
 
     @property
     def bits_per_weight(self) -> float:
-        """Codes, scales, and of outliers their values, columns and the starts of rows."""
-        total = self.bits * self.codes.numel() + 8 * self.scales.element_size() * self.scales.numel()
-        if self.outliers is not None:
-            total += OUTLIER_BITS * len(self.outliers) + ROW_BITS * len(self.codes)
-        return total / self.codes.numel()
+        outliers = None if self.outliers is None else len(self.outliers)
+        rows, columns = self.codes.shape
+        return total_bits((rows, columns), self.bits, self.scales, outliers) / self.codes.numel()
 
     @property
     def outlier_share(self) -> float:
@@ -71,6 +69,19 @@ class QuantizedMatrix:
         if self.outliers is not None:
             weights[self.outliers.rows, self.outliers.columns] = self.outliers.values.float()
         return weights.to(dtype)
+
+
+def total_bits(shape: tuple[int, int], bits: int, scales: torch.Tensor, outliers: int | None) -> int:
+    """Codes, scales, and of outliers their values, columns and the starts of rows.
+
+    Args:
+        shape: output, input.
+        outliers: how many; None where the matrix keeps none apart.
+    """
+    total = bits * shape[0] * shape[1] + 8 * scales.nbytes
+    if outliers is not None:
+        total += OUTLIER_BITS * outliers + ROW_BITS * shape[0]
+    return total
 
 
 def code_range(bits: int) -> tuple[int, int]:
