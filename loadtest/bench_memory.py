@@ -177,7 +177,8 @@ def _speed(report: Report, options: argparse.Namespace, work: Path) -> dict[str,
 
 
 def _knowledge(report: Report, options: argparse.Namespace, work: Path, model: Path) -> dict[str, Any]:
-    from loadtest.memory_facts import ask, build, make_facts
+    from galley_plugins.memory.examples.gazetteer import make_facts
+    from loadtest.memory_facts import ask, build
 
     facts = make_facts(QUICK_FACTS if options.quick else FACTS)
     folder, seconds = build(

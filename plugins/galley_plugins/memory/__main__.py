@@ -70,6 +70,8 @@ def build_command(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 5e-4,
     batch: Annotated[int, typer.Option(min=1, help="Places of a step.")] = 1024,
     epochs: Annotated[int, typer.Option(min=1, help="Readings of the corpus.")] = 2,
+    scores: Annotated[int, typer.Option(min=1, help="How often an epoch is scored.")] = 4,
+    patience: Annotated[int, typer.Option(min=1, help="Scores that may be no better.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the network and of the order of places.")] = 0,
     weight: Annotated[
         float | None,
@@ -109,7 +111,7 @@ def build_command(
             head=head,
             weight=weight,
             device=device,
-            schedule=Schedule(alpha=alpha, lr=lr, batch=batch, epochs=epochs, seed=seed),
+            schedule=Schedule(alpha, lr, batch, epochs, scores, patience, seed),
         )
         with Reporter(console) as reporter:
             built = Build(options, reporter).run(until)
