@@ -1,7 +1,7 @@
 """Facts that no model knows, planted in a corpus, and who can tell them: a model, its memory, plain RAG.
 
-They are those of the example `gazetteer`, asked for in words that the corpus does not use. RAG embeds one statement of each fact through the same
-engine's `/v1/embeddings`, and puts the nearest one before the question.
+They are those of the example `gazetteer`, asked for in words that the corpus does not use. RAG embeds one
+statement of each fact through the same engine's `/v1/embeddings`, and puts the nearest one before the question.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from galley_plugins.memory.building.build import Build, BuildOptions
 from galley_plugins.memory.building.training import Schedule
-from galley_plugins.memory.examples.gazetteer import ANSWER_TOKENS, Fact, make_facts, write
+from galley_plugins.memory.examples.gazetteer import ANSWER_TOKENS, Fact, write
 from loadtest.memory_quality import StageTimer
 from loadtest.servers import NAME, galley_worker
 

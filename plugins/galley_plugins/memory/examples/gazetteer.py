@@ -1,4 +1,4 @@
-"""A memory of made-up facts: write a corpus, build a memory of it, and ask a served model with it and without.
+"""A memory of made-up facts: write a corpus, build a memory of it, ask a served model with it and without.
 
     python gazetteer.py write gazetteer
     galley memory build gazetteer/corpus.jsonl gazetteer/build --held-out-text gazetteer/heldout.jsonl \\
@@ -9,8 +9,8 @@ A model with `memory: {path: gazetteer/build}` in galley.yaml then knows them:
     galley serve galley.yaml
     python gazetteer.py ask gazetteer
 
-A fact is a code, a date or a mayor of a place that is nowhere else. The corpus says each in eight ways, and it
-is asked for in a ninth.
+A fact is a code, a date or a mayor of a place that is nowhere else. The corpus says each in eight ways, and
+it is asked for in a ninth.
 """
 
 from __future__ import annotations
