@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle  # for the name of its error alone
-import secrets
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -153,7 +152,8 @@ def save_memory(folder: Path, settings: MemorySettings, tensors: Mapping[str, to
     """
     if folder.exists() and not (folder / SETTINGS).is_file() and any(folder.iterdir()):
         raise MemoryFileError(f"{folder}: found other files, expected a memory to replace, or nothing")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was ended
     temporary.mkdir(parents=True)
     try:
         save_file(

@@ -100,6 +100,10 @@ class BuildOptions:
         for name in ("context", "neighbours"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected 2 or more")
+        if self.blocks < 0:
+            raise ValueError(f"blocks: found {self.blocks}, expected 0 or more")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden: found {self.hidden}, expected 1 or more")
 
 
 class Reporter(Protocol):

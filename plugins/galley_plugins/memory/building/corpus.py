@@ -6,6 +6,7 @@ A row that cannot be read is told to the caller and left out; too many of them e
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -162,11 +163,11 @@ def _is_text(value: object) -> bool:
 
 def _text(path: Path) -> Iterator[Piece]:
     rest, size, read = "", 0, 0
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as file:
         while block := file.read(BLOCK):
             text = rest + block
-            size += file.buffer.tell() - read
-            read = file.buffer.tell()
+            size += raw.tell() - read
+            read = raw.tell()
             end = text.rfind("\n") + 1 or len(text)
             if end < len(text) or len(block) == BLOCK:
                 yield Piece(text[:end], last=False, size=size)

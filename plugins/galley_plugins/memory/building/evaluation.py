@@ -71,7 +71,8 @@ def evaluate(
             parts["knn"].append(search.following(keys, following))
         told(len(ids) - 1)
     plain = np.concatenate(parts["plain"])
-    rows = [_row("plain", None, -float(plain.mean()), -float(plain.mean()))]
+    alone = -float(plain.mean(dtype=np.float64))
+    rows = [_row("plain", None, alone, alone)]
     mixes = [("memory", settings.weight)] + ([("knn", search.weight)] if search is not None else [])
     for name, weight in mixes:
         mix = mixture(plain, np.concatenate(parts[name]), weight)

@@ -66,7 +66,7 @@ def build_index(
     index.nprobe = min(PROBES, centroids)
     path = stage.folder / f"{INDEX}.partial"
     with explained(path), path.open("wb") as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
     parameters = {"centroids": centroids, "code_bytes": code, "probes": index.nprobe}
     stage.finish({"kind": kind, "entries": entries, **parameters})
 
