@@ -1,7 +1,7 @@
 """Facts that no model knows, planted in a corpus, and who can tell them: a model, its memory, plain RAG.
 
 They are those of the example `gazetteer`, asked for in words that the corpus does not use. RAG embeds one
-statement of each fact through the same engine's `/v1/embeddings`, and puts the nearest one before the question.
+statement of each fact through the same engine's `/v1/embeddings`, and puts the nearest before the question.
 """
 
 from __future__ import annotations
