@@ -62,6 +62,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", help=f"comma-separated, of quality; default {','.join(ROWS)}")
     parser.add_argument("--windows", type=int, help="of 1024 tokens of the test text; default all")
     parser.add_argument("--entries", help="of datastores, comma-separated; default 200000,1000000,5000000")
+    parser.add_argument("--memory", type=Path, help="for speed: a memory that is there, in place of a build")
     parser.add_argument("--ivf-pq", action="store_true", help="IVF-PQ indexes too, which take minutes")
     parser.add_argument("--repeats", type=int, help=f"default {REPEATS}")
     parser.add_argument("--dtype", default="float32", help="of the servers")
@@ -83,7 +84,9 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.quick:
         options.windows = options.windows or QUICK_WINDOWS
     options.data = options.data or (Path(os.environ["GALLEY_DATA"]) if "GALLEY_DATA" in os.environ else None)
-    needed = {"quality": (CORPUS, TEST), "speed": (CORPUS, TEST, SPEC_BENCH)}
+    needed = {"quality": (CORPUS, TEST), "speed": (SPEC_BENCH,)}
+    if options.memory is None:
+        needed["speed"] = (CORPUS, TEST, SPEC_BENCH)
     for path in dict.fromkeys(path for section in options.only for path in needed.get(section, ())):
         if options.data is None or not (options.data / path).is_file():
             parser.error(f"--data: expected a folder with {path}, or GALLEY_DATA that names one")
@@ -128,14 +131,21 @@ def main() -> None:
     options = read_options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     name = options.name or ("bench_memory.quick" if options.quick else "bench_memory")
-    shown = {**vars(options), "data": options.data and options.data.name, "work": None, "model": None}
+    shown = {
+        **vars(options),
+        "data": options.data and options.data.name,
+        "work": None,
+        "model": None,
+        "memory": None,
+    }
     report = Report(name, shown)
     model = Path(str(resolve(options.model)))
     with tempfile.TemporaryDirectory(prefix="bench-memory-") as temporary:
         work = (options.work or Path(temporary)).absolute()
         figures: dict[str, Any] = {}
         quality: dict[str, Any] = {}
-        if "quality" in options.only or "speed" in options.only:
+        builds = "speed" in options.only and options.memory is None
+        if "quality" in options.only or builds:
             rows = options.rows if "quality" in options.only else ["wikitext"]
             quality = measure_quality(options, work, model, rows)
             report.add("quality", quality)
@@ -170,7 +180,7 @@ def _speed(report: Report, options: argparse.Namespace, work: Path) -> dict[str,
     prompts = in_turn(list(load_prompts(lines).values()))
     short = [prompt for prompt in prompts if len(prompt.text) < 2000]
     tokens = QUICK_MAX_TOKENS if options.quick else MAX_TOKENS
-    memory = work / f"wikitext{'.quick' if options.quick else ''}"
+    memory = options.memory or work / f"wikitext{'.quick' if options.quick else ''}"
     raw, figures = compare(memory, short, options.dtype, options.repeats, tokens, quick=options.quick)
     report.add("speed", raw)
     return figures

@@ -348,14 +348,21 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def load_served(
-    path: str | os.PathLike[str], model: Path, device: torch.device, dtype: torch.dtype
+    path: str | os.PathLike[str],
+    model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: Base | None = None,
 ) -> tuple[MemorySettings, MemoryNetwork, torch.Tensor | None]:
     """A memory as it is served beside the model in the folder `model`.
+
+    Args:
+        base: of that model, if it is known already.
 
     Raises:
         MemoryFileError: it is not one of this model, or damaged.
     """
     folder = memory_folder(Path(path))
-    settings = check_base(folder, Base.of(model))
+    settings = check_base(folder, base or Base.of(model))
     network, columns = load_network(folder, settings, model)
     return settings, network.to(device, dtype), None if columns is None else columns.to(device)

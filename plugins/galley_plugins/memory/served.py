@@ -75,21 +75,24 @@ class NamedMemory:
 
 
 def load_memory(
-    options: MemoryOptions, model_config: Any, device: torch.device, dtype: torch.dtype
+    options: MemoryOptions, model: Path, base: Base, device: torch.device, dtype: torch.dtype
 ) -> Memory:
-    """A memory beside the model of vLLM's `model_config`.
+    """A memory beside a model.
+
+    Args:
+        model, base: its folder, and what is known of it.
 
     Raises:
         ValueError: it was made for another model, with both hashes, or is damaged.
     """
-    from galley_plugins.memory.checkpoint import Base, load_served
+    from galley_plugins.memory.checkpoint import load_served
     from galley_plugins.memory.packed import pack
 
     if options.method == "knn-lm":
         from galley_plugins.memory.knn import KnnLm
 
-        return KnnLm(Path(options.path), Base.of(_folder(model_config)), device)
-    settings, network, columns = load_served(options.path, _folder(model_config), device, dtype)
+        return KnnLm(Path(options.path), base, device)
+    settings, network, columns = load_served(options.path, model, device, dtype, base)
     if device.type == "cpu":
         pack(network)
     return MlpMemory(settings.layer, settings.weight, columns, network)
@@ -147,9 +150,13 @@ def load_memories(
     Raises:
         ValueError: one was made for another model or is damaged, or all shares together exceed 1.
     """
+    from galley_plugins.memory.checkpoint import Base
+
+    model = _folder(model_config)
+    base = Base.of(model)
     found = []
     for each in options:
-        memory = load_memory(each, model_config, device, dtype)
+        memory = load_memory(each, model, base, device, dtype)
         share = memory.weight if each.weight is None else each.weight
         found.append(NamedMemory(each.name, float(share), memory))
     check_shares({each.name: each.share for each in found}, "memory")
