@@ -341,8 +341,10 @@ def test_the_authors_folder_of_a_model_of_other_sizes_is_refused(
 
 
 class Evil:
+    """Makes a folder where it is unpickled."""
+
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, ("touch /tmp/galley-evil",)
+        return os.mkdir, ("unpickled",)
 
 
 @pytest.mark.parametrize(
@@ -356,10 +358,14 @@ class Evil:
     ],
     ids=["object among tensors", "object", "list", "number", "number as name"],
 )
-def test_a_pickle_of_anything_but_tensors_is_refused(content: Any, base: Base, tmp_path: Path) -> None:
+def test_a_pickle_of_anything_but_tensors_is_refused(
+    content: Any, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = released(tmp_path / "released", "llama", content)
     with pytest.raises(MemoryFileError, match=r"the weights in .*released cannot be read"):
         check_base(folder, base)
+    assert [path.name for path in tmp_path.iterdir()] == ["released"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02", b"PK\x03\x04 no archive"])

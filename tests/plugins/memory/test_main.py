@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ def out(model_folder: Path, corpus_file: Path, tmp_path_factory: pytest.TempPath
         text=True,
         check=False,
         timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr
     (line,) = ran.stdout.splitlines()
