@@ -186,4 +186,4 @@ def test_eval_refuses_another_model_and_knn_without_a_build(
     given = ["eval", str(out / "memory"), str(text), "--model", str(model_folder), "--device", "cpu"]
     ran = CliRunner().invoke(app, [*given, "--knn"])
     assert ran.exit_code == 2
-    assert "found no whole datastore, index and teacher" in ran.stderr
+    assert "found no whole tokens, datastore, index, teacher" in ran.stderr

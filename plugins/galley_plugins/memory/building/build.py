@@ -17,7 +17,7 @@ from galley_plugins.embedding.training.checkpoint import Checkpoint
 from galley_plugins.memory.building.corpus import Corpus
 from galley_plugins.memory.building.datastore import KEYS, VALUES, read_states
 from galley_plugins.memory.building.neighbours import Neighbours, build_index, kind_of
-from galley_plugins.memory.building.stages import Stage, StageError, explained
+from galley_plugins.memory.building.stages import Stage, StageError, alone, explained
 from galley_plugins.memory.building.states import StateReader
 from galley_plugins.memory.building.teacher import write_teacher
 from galley_plugins.memory.building.tokens import tokenize
@@ -199,6 +199,16 @@ class Build:
         Raises:
             CorpusError, StageError, TrainingError, CheckpointError: it cannot go on; what is whole stays.
         """
+        out = self.options.out
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with alone(out):
+            self._make(until)
+        if until != STAGES[-1]:
+            return Built(out)
+        return Built(out, load_settings(out / MEMORY))
+
+    def _make(self, until: str) -> None:
         steps = {
             "tokens": self._tokens,
             "datastore": self._datastore,
@@ -211,9 +221,6 @@ class Build:
             needed = self._taught or name not in ("index", "teacher") or until in ("index", "teacher")
             if needed:
                 steps[name]()
-        if until != STAGES[-1]:
-            return Built(self.options.out)
-        return Built(self.options.out, load_settings(self.options.out / MEMORY))
 
     def _reused(self, stage: Stage) -> bool:
         if stage.done:

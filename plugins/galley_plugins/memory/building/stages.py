@@ -7,7 +7,9 @@ are whole; `stage.json` is written last.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from galley_plugins.models.store import sync
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 DONE, PROGRESS = "stage.json", "progress.json"
@@ -118,6 +120,24 @@ class Stage:
         path = self.folder / name
         rows = path.stat().st_size // (int(np.prod(width, dtype=np.int64)) * np.dtype(dtype).itemsize)
         return np.memmap(path, dtype, "r", shape=(rows, *width)) if rows else np.empty((0, *width), dtype)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process works in the folder; the lock is gone with the process that has it.
+
+    Raises:
+        StageError: another one does.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(f"{folder}: found another build at work there, expected none") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def opened(folder: Path) -> Stage | None:

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from galley_plugins.memory.building.build import STAGES, Build, BuildOptions
 from galley_plugins.memory.building.datastore import HELD_LIKELIHOODS
-from galley_plugins.memory.building.stages import DONE, Stage, StageError
+from galley_plugins.memory.building.stages import DONE, Stage, StageError, alone
 from galley_plugins.memory.building.training import HeldOut, Schedule
 from galley_plugins.memory.checkpoint import Base, check_base, load_network, load_settings, output_rows
 from tests.plugins.memory.conftest import HIDDEN, LAYERS, VOCABULARY, save_model, sentences, word_tokenizer
@@ -199,6 +199,15 @@ def test_a_model_of_the_gpt2_family_has_memories_too(plain: BuildOptions, tmp_pa
     options = replace(plain, out=tmp_path / "out", model=folder, hidden=None)
     built(options)
     assert check_base(options.out / "memory", Base.of(folder)).sizes.hidden == 64
+
+
+def test_two_builds_do_not_share_a_folder(plain: BuildOptions, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with alone(out), pytest.raises(StageError, match="another build at work"):
+        Build(replace(plain, out=out), Told()).run("tokens")
+    Build(replace(plain, out=out), Told()).run("tokens")
+    assert (out / "tokens" / DONE).is_file()
 
 
 def test_a_folder_of_something_else_is_refused(plain: BuildOptions, tmp_path: Path) -> None:
