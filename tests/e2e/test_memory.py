@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.engine
 
+EXAMPLE = Path(__file__).parents[2] / "plugins" / "galley_plugins" / "memory" / "examples" / "gazetteer.py"
 OPTIONS = {
     **FLOAT32,
     "max-num-seqs": 16,
@@ -163,3 +166,16 @@ def test_wrong_weights_are_the_clients_error(engine: Engine, extra: dict[str, An
     answer = engine.server.client.post("/v1/completions", json=body)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+def test_the_example_asks_with_the_memory_and_without(engine: Engine, tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, str(EXAMPLE), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("write", str(tmp_path), "--facts", "2")
+    assert len((tmp_path / "corpus.jsonl").read_text().splitlines()) == 2 * 8
+    said = run("ask", str(tmp_path), "--url", engine.server.url, "--model", NAME)
+    assert "right: 0 of 2 without the memory, 0 with it" in said  # these memories hold noise
