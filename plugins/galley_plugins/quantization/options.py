@@ -24,7 +24,7 @@ class QuantizationOptions:
         group_sizes: what it chooses from, each half of the last or less.
         shrink: of two group sizes the smaller is taken where its mean range is below so much of the larger's.
         sigma: weights so many standard deviations from the matrix's mean are outliers.
-        steps: of the optimisation of ranges.
+        steps: of the optimisation of ranges, at the most.
         learning_rate: of its Adam, for the ratio of a scale to the largest weight's.
     """
 
