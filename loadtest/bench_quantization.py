@@ -48,7 +48,7 @@ from galley_plugins.quantization.checkpoint import quantize_checkpoint
 from galley_plugins.quantization.comparison import load
 from galley_plugins.quantization.perplexity import windows
 from galley_plugins.quantization.plan import Plan
-from loadtest import likelihood, llmcompressor_peer, quantization_choices, quantize_seconds
+from loadtest import likelihood, llmcompressor_peer, quantization_choices, quantize_seconds, turns
 from loadtest import quantization_speed as speed
 from loadtest.harness import Report, console
 from loadtest.llmcompressor_peer import PeerOptions
@@ -207,15 +207,15 @@ def measure_speed(report: Report, options: argparse.Namespace) -> dict[str, Any]
         prompts = [prompt for prompt in prompts if len(prompt.text) <= QUICK_CHARACTERS]
         tokens = QUICK_MAX_TOKENS
     waves, figures = [], {}
-    with speed.all_serving(options.servers) as servers:
+    with turns.all_serving({name: speed.serving(name) for name in options.servers}) as servers:
         if speed.OURS in servers and not options.quick:
             texts = token_windows(options.data / WIKITEXT, 2, WINDOW_TOKENS)
-            with speed.awake(servers[speed.OURS]):
+            with turns.awake(servers[speed.OURS]):
                 figures["ppl_served"] = round(served_perplexity(servers[speed.OURS], texts), 4)
-        for wave in speed.measure(servers, prompts, PER_WAVE, options.repeats, tokens):
+        for wave in turns.measure(servers, prompts, PER_WAVE, options.repeats, tokens):
             waves.append(wave)
             console.print(f"{wave.server}, {wave.load}: {wave.speed:.1f} tokens/s")
-    report.add("speed", {"settings": speed.settings(tokens), "waves": speed.values_of(waves)})
+    report.add("speed", {"settings": speed.settings(tokens), "waves": turns.values_of(waves)})
     return figures | speed.figures_of(waves)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,9 @@ from loadtest import bench_quantization as bench
 from loadtest import llmcompressor_peer, quantization_choices
 from loadtest import quantization_speed as speed
 from loadtest.llmcompressor_peer import PeerOptions, PeerResult
-from loadtest.quantization_speed import Wave
-from loadtest.specbench import Prompt
+from loadtest.turns import Wave
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -123,53 +120,3 @@ def test_ratios_compare_waves_of_the_same_prompts() -> None:
     assert figures["int4_over_llamacpp_b1"] == 0.8
     assert figures["tokens_per_second_vllm_bf16_b1"] == 5.0
     assert "over_llamacpp_b1" not in speed.figures_of([wave for wave in waves if wave.server != speed.PEER])
-
-
-def test_servers_that_started_end_when_another_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, str]] = []
-
-    @contextlib.contextmanager
-    def serving(name: str) -> Iterator[str]:
-        if name == "broken":
-            raise AssertionError("not healthy")
-        try:
-            yield name
-        finally:
-            told.append((name, "ended"))
-
-    monkeypatch.setattr(speed, "serving", serving)
-    monkeypatch.setattr(speed, "ask_all", lambda *_: None)
-    monkeypatch.setattr(speed, "_signal", lambda server, number: told.append((server, number.name)))
-    with speed.all_serving(["one", "two", "three"]) as servers:
-        assert servers == {"one": "one", "two": "two", "three": "three"}
-        assert sorted(told) == [("one", "SIGSTOP"), ("three", "SIGSTOP"), ("two", "SIGSTOP")]
-        told.clear()
-    ends = [[(name, "SIGCONT"), (name, "ended")] for name in ("three", "two", "one")]
-    assert told == [end for pair in ends for end in pair]
-    told.clear()
-    broken = speed.all_serving(["one", "broken"])
-    with pytest.raises(AssertionError, match="not healthy"):
-        broken.__enter__()
-    assert told[-2:] == [("one", "SIGCONT"), ("one", "ended")]
-
-
-def test_no_prompt_is_asked_twice_and_servers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str, tuple[str, ...]]] = []
-
-    def ask_all(server: Any, texts: list[str], clients: int, max_tokens: int) -> tuple[float, int, int]:
-        asked.append((server, f"{clients}", tuple(texts)))
-        return 1.0, max_tokens, 1
-
-    monkeypatch.setattr(speed, "ask_all", ask_all)
-    monkeypatch.setattr(speed, "_signal", lambda *_: None)
-    prompts = [Prompt(number, "", str(number)) for number in range(20)]
-    servers: Any = {"one": "one", "two": "two"}
-    waves = list(speed.measure(servers, prompts, {"b1": 2, "c8": 3}, repeats=2, max_tokens=8))
-    assert [(wave.server, wave.load, wave.repeat) for wave in waves] == [
-        ("one", "b1", 0), ("two", "b1", 0), ("one", "c8", 0), ("two", "c8", 0),
-        ("two", "b1", 1), ("one", "b1", 1), ("two", "c8", 1), ("one", "c8", 1),
-    ]  # fmt: skip
-    texts = [texts for server, _, texts in asked if server == "one"]
-    assert texts == [texts for server, _, texts in asked if server == "two"]
-    assert len({text for wave in texts for text in wave}) == 10
-    assert [clients for _, clients, _ in asked] == ["1", "1", "8", "8"] * 2
