@@ -45,10 +45,11 @@ SPEC_BENCH = Path("spec") / "specbench.jsonl"
 MODEL = "builtin:smollm2-135m-instruct"
 SECTIONS = ("quality", "search", "speed", "knowledge")
 ROWS = ("wikitext", "detokenized", "layer20")
-ENTRIES = (200_000, 1_000_000, 5_000_000)
+QUICK = {"only": ("quality", "search", "speed"), "rows": ("wikitext",)}
+ENTRIES, QUICK_ENTRIES = (200_000, 1_000_000, 5_000_000), (200_000, 5_000_000)
 FACTS, QUICK_FACTS = 60, 12
-QUICK_CHARACTERS, QUICK_WINDOWS = 60_000, 2
-REPEATS, MAX_TOKENS, QUICK_MAX_TOKENS = 3, 64, 16
+QUICK_CHARACTERS, QUICK_WINDOWS = 20_000, 1
+REPEATS, MAX_TOKENS, QUICK_MAX_TOKENS = 3, 64, 8
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -72,12 +73,13 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for name, known in (("only", SECTIONS), ("rows", ROWS)):
         given = getattr(options, name)
-        default = ("wikitext",) if options.quick and name == "rows" else known
+        default = QUICK[name] if options.quick else known
         setattr(options, name, list(default) if given is None else given.split(","))
         if unknown := sorted(set(getattr(options, name)) - set(known)):
             parser.error(f"--{name}: found {', '.join(unknown)}, expected some of {', '.join(known)}")
     try:
-        options.entries = [int(part) for part in options.entries.split(",")] if options.entries else ENTRIES
+        default = QUICK_ENTRIES if options.quick else ENTRIES
+        options.entries = [int(part) for part in options.entries.split(",")] if options.entries else default
     except ValueError:
         parser.error(f"--entries: found {options.entries!r}, expected numbers")
     options.repeats = options.repeats or (1 if options.quick else REPEATS)

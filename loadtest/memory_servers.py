@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "kv-cache-memory-bytes": 512 * 2**20,
 }
 PLAIN, MEMORY, SILENT = "plain", "memory", "memory_at_zero"
-PER_WAVE, QUICK_PER_WAVE = {"b1": 3, "c8": 8}, {"b1": 2, "c8": 8}
+PER_WAVE, QUICK_PER_WAVE = {"b1": 3, "c8": 8}, {"b1": 1, "c8": 8}
 IDENTICAL_TOKENS = 32
 
 
