@@ -37,7 +37,7 @@ def test_options_refuse_what_they_do_not_know(wrong: str, capsys: pytest.Capture
 def test_a_search_needs_no_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GALLEY_DATA", raising=False)
     options = bench_memory.read_options(["--only", "search", "--quick"])
-    assert (options.only, options.repeats, options.windows) == (["search"], 1, 2)
+    assert (options.only, options.repeats, options.windows) == (["search"], 1, 1)
 
 
 def test_every_fact_is_told_and_asked_in_words_of_its_own() -> None:
