@@ -13,6 +13,7 @@ ends with the fork server, and so with the API server.
 from __future__ import annotations
 
 import os
+import sys
 from multiprocessing import context, forkserver, resource_tracker
 
 from galley_plugins import vllm_compat
@@ -62,8 +63,10 @@ def forked() -> bool:
 
 
 def adopt() -> None:
-    """In a process that has vLLM: have its further processes forked, if a fork server is there."""
-    if forkserver._forkserver._forkserver_address is None:  # type: ignore[attr-defined]
+    """In a process that has vLLM: have its further processes forked, if it has or came from our fork server."""
+    server = forkserver._forkserver
+    ours = _PRELOADED in sys.modules or _PRELOADED in server._preload_modules  # type: ignore[attr-defined]
+    if not ours or server._forkserver_address is None:  # type: ignore[attr-defined]
         return
     vllm_compat.check("preloading")
     from vllm.v1.engine import utils as engine

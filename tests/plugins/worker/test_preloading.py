@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING
 
 import pytest
@@ -87,10 +88,13 @@ def test_processes_come_from_one_import_with_their_starters_environment_and_end_
         os.close(outer)
 
 
-def test_without_a_fork_server_vllm_starts_its_processes_itself() -> None:
+def test_without_a_fork_server_of_its_own_vllm_starts_its_processes_itself() -> None:
     from vllm.v1.engine import utils as engine
 
     before = engine.get_mp_context
     assert not preloading.forked()
+    preloading.adopt()
+    assert engine.get_mp_context is before
+    forkserver.ensure_running()  # as any user of the standard library's fork servers would
     preloading.adopt()
     assert engine.get_mp_context is before
