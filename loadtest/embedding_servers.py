@@ -88,6 +88,7 @@ def _infinity(python: Path) -> Any:
         "/v1",
     ]
     command += ["--engine", "torch", "--device", "cpu", "--dtype", "float32", "--no-bettertransformer"]
+    command += ["--no-model-warmup"]  # every load warms with requests of its own
     environment = {**_environment(), "DO_NOT_TRACK": "1", "INFINITY_HOME": str(python.parents[1])}
     environment.pop("PYTHONPATH", None)  # another environment's packages
     return running(command, environment, port)
