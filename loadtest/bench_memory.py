@@ -202,6 +202,7 @@ def _knowledge(report: Report, options: argparse.Namespace, work: Path, model: P
     figures: dict[str, Any] = {
         f"facts_{way}": round(row["right"] / len(facts), 3) for way, row in rows.items()
     }
+    figures["facts_retrieved"] = round(rows["rag"]["found"] / len(facts), 3)
     pairs = zip(rows["rag"]["seconds"], rows["memory"]["seconds"], strict=True)
     figures["facts_rag_over_memory_seconds"] = round(median(rag / own for rag, own in pairs), 3)
     return figures

@@ -10,7 +10,7 @@ GPTQ takes sequences of WikiText-2's validation text, and EasyQuant is timed bef
 Seconds are those of the command `galley quantize`, start and imports included, method by method in turn.
 
 Likelihood is of answers that the full weights give to Spec-Bench's prompts as chats, greedily, under them and
-under `finequant+easyquant` as `galley quantize` writes it.
+under `finequant+easyquant` as `galley quantize` writes it, alone and with `--target-bits`.
 
 Speed is tokens a second through servers (loadtest/quantization_speed.py), prompts of Spec-Bench, one chat
 after the other (b1) and eight at once (c8): vLLM in bfloat16, llama.cpp with the model's own Q4_1 file, and
@@ -44,10 +44,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rich.progress import track
 
 from galley_plugins.models import resolve
-from galley_plugins.quantization.checkpoint import quantize_checkpoint
 from galley_plugins.quantization.comparison import load
 from galley_plugins.quantization.perplexity import windows
-from galley_plugins.quantization.plan import Plan
 from loadtest import likelihood, llmcompressor_peer, quantization_choices, quantize_seconds, turns
 from loadtest import quantization_speed as speed
 from loadtest.harness import Report, console
@@ -66,6 +64,7 @@ SPEC_BENCH = Path("spec") / "specbench.jsonl"
 WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS, QUICK_WINDOW_TOKENS = 16, 1, 1024, 512
 SEQUENCES, SEQUENCE_TOKENS = 24, 512  # that GPTQ takes
 ANSWERS, ANSWER_TOKENS, INT4 = 60, 64, "finequant+easyquant"
+TARGETS: tuple[float | None, ...] = (None, 5.0, 5.5, 6.0)
 SECTIONS, QUICK_SECTIONS = ("perplexity", "seconds", "likelihood", "speed"), ("perplexity", "speed")
 NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (SPEC_BENCH,), "speed": (WIKITEXT, SPEC_BENCH)}
 PER_WAVE = {"b1": 3, "c8": 8}
@@ -165,7 +164,7 @@ def measure_seconds(report: Report, options: argparse.Namespace) -> dict[str, An
 
 
 def measure_likelihood(report: Report, options: argparse.Namespace) -> dict[str, Any]:
-    """What 4-bit weights think of the answers of full ones."""
+    """What weights of 4 bits, and of more by `--target-bits`, think of the answers of full ones."""
     from transformers import AutoTokenizer
 
     prompts, folder = spec_bench(options.data)[:ANSWERS], resolve(MODEL)
@@ -179,24 +178,34 @@ def measure_likelihood(report: Report, options: argparse.Namespace) -> dict[str,
         advance=lambda count: console.print(f"{count} answers"),
     )
     own = likelihood.scores(model, track(answers, "full weights", console=console))
-    with tempfile.TemporaryDirectory(prefix="galley-quantize-") as place:
-        out = Path(place) / "int4"
-        quantize_checkpoint(folder, out, Plan.from_values({"method": INT4}))
-        loaded = load(out)
-    four = likelihood.scores(loaded.model, track(answers, "4-bit weights", console=console))
+    del model
     rows = [
         {"question": prompt.question, "category": prompt.category, "tokens": len(answer.written)}
-        | {"bf16": round(sum(full), 4), "int4": round(sum(low), 4)}
-        for prompt, answer, full, low in zip(prompts, answers, own, four, strict=True)
+        | {"bf16": round(sum(full), 4)}
+        for prompt, answer, full in zip(prompts, answers, own, strict=True)
     ]
-    report.add("likelihood", {"method": INT4, "max_tokens": ANSWER_TOKENS, "answers": rows})
-    return {
+    figures: dict[str, Any] = {
         "likelihood_bf16": round(likelihood.mean(own), 4),
-        "likelihood_int4": round(likelihood.mean(four), 4),
-        "likelihood_loss": round(likelihood.mean(own) - likelihood.mean(four), 4),
         "likelihood_tokens": sum(map(len, own)),
-        "likelihood_bits": round(loaded.bits_per_weight, 4),
     }
+    for target in TARGETS:
+        column = "int4" if target is None else f"{target:g}_bits"
+        with tempfile.TemporaryDirectory(prefix="galley-quantize-") as place:
+            out = Path(place) / column
+            quantize_seconds.quantize(INT4, out, target_bits=target)
+            loaded = load(out)
+            four = likelihood.scores(loaded.model, track(answers, column, console=console))
+        for row, low in zip(rows, four, strict=True):
+            row[column] = round(sum(low), 4)
+        figures |= {
+            f"likelihood_{column}": round(likelihood.mean(four), 4),
+            f"likelihood_loss{'' if target is None else f'_{column}'}": round(
+                likelihood.mean(own) - likelihood.mean(four), 4
+            ),
+            f"likelihood_bits{'' if target is None else f'_{column}'}": round(loaded.bits_per_weight, 4),
+        }
+    report.add("likelihood", {"method": INT4, "max_tokens": ANSWER_TOKENS, "answers": rows})
+    return figures
 
 
 def measure_speed(report: Report, options: argparse.Namespace) -> dict[str, Any]:

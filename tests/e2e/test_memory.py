@@ -16,6 +16,7 @@ import torch
 from loadtest import reference
 from loadtest.servers import FLOAT32, NAME, Server, galley_worker
 from tests.e2e.texts import SHORT_TEXTS, long_text
+from tests.support.small_lora import make_lora
 from tests.support.small_memory import MixReference, assert_greedy, make_memory
 
 if TYPE_CHECKING:
@@ -26,13 +27,16 @@ pytestmark = pytest.mark.engine
 EXAMPLE = Path(__file__).parents[2] / "plugins" / "galley_plugins" / "memory" / "examples" / "gazetteer.py"
 OPTIONS = {
     **FLOAT32,
-    "max-num-seqs": 16,
+    # Beside LoRA, vLLM wants a step to hold every request's draft.
+    "max-num-seqs": 12,
     "max-num-batched-tokens": 64,
     # Without, this model fills answers with white space.
     "structured-outputs-config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 COLUMNS = torch.arange(300, 900)  # tokens that the second memory knows
 TOKENS = 12
+TUNED = "tuned"
+DRAFTS = {"method": "hybrid", "max_draft_tokens": 4}
 PROMPTS = ["The capital of France is", "red green blue, red green blue, red green", long_text(20, seed=4)]
 # What requests send, and each memory's share then.
 WEIGHTS: list[tuple[dict[str, Any], tuple[float, float]]] = [
@@ -48,6 +52,7 @@ WEIGHTS: list[tuple[dict[str, Any], tuple[float, float]]] = [
 class Engine:
     server: Server
     mix: MixReference
+    tuned: MixReference
 
     def complete(self, prompt: str, **fields: Any) -> dict[str, Any]:
         body = {"model": NAME, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
@@ -74,9 +79,16 @@ def engine(shallow: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
         {"path": str(wiki), "name": "wiki"},
         {"path": str(code), "name": "code", "weight": 0.1},
     ]
-    flags = ("--memory", json.dumps(memories), "--speculation", json.dumps({"method": "hybrid"}))
-    with galley_worker(OPTIONS, *flags, weights=shallow) as server:
-        yield Engine(server, MixReference(model, [wiki, code]))
+    merged = make_lora(folder / "tuned", model)
+    options = {
+        **OPTIONS,
+        "enable-lora": True,
+        "max-lora-rank": 8,
+        "lora-modules": [f"{TUNED}={folder / 'tuned'}"],
+    }
+    flags = ("--memory", json.dumps(memories), "--speculation", json.dumps(DRAFTS))
+    with galley_worker(options, *flags, weights=shallow) as server:
+        yield Engine(server, MixReference(model, [wiki, code]), MixReference(model, [wiki, code], merged))
 
 
 def test_the_status_page_names_the_memories(engine: Engine) -> None:
@@ -94,6 +106,15 @@ def test_without_weight_answers_are_the_models_own(engine: Engine) -> None:
 @pytest.mark.parametrize("index", range(len(PROMPTS)))
 def test_requests_of_different_weights_in_one_batch_get_their_own_mix(engine: Engine, index: int) -> None:
     engine.assert_answers([(PROMPTS[index], extra, weights) for extra, weights in WEIGHTS])
+
+
+def test_memories_read_what_a_lora_adapter_makes_of_the_model(engine: Engine) -> None:
+    with ThreadPoolExecutor(2 * len(WEIGHTS)) as pool:
+        plain = pool.submit(engine.assert_answers, [(PROMPTS[0], *each) for each in WEIGHTS])
+        answers = pool.map(lambda each: engine.complete(PROMPTS[0], model=TUNED, vllm_xargs=each[0]), WEIGHTS)
+        for (_, weights), answer in zip(WEIGHTS, answers, strict=True):
+            assert_greedy(engine.tuned, answer["prompt_token_ids"], answer, weights)
+        plain.result()
 
 
 def test_drafts_are_verified_by_the_mix_and_cached_prompts_change_nothing(engine: Engine) -> None:

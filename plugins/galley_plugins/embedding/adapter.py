@@ -16,13 +16,11 @@ Tensors, float32 or bfloat16, with d the model's hidden size:
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from galley_plugins.models.store import sync
+from galley_plugins.models.store import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -157,21 +155,11 @@ def saving(folder: Path, settings: AdapterSettings, tensors: Mapping[str, torch.
 
     if folder.exists() and not (folder / SETTINGS).is_file() and any(folder.iterdir()):
         raise AdapterError(f"{folder}: found other files, expected an adapter to replace, or nothing")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(folder) as temporary:
         yield temporary
         save_file({name: row.detach().contiguous() for name, row in tensors.items()}, temporary / WEIGHTS)
         text = json.dumps({"format": FORMAT, **asdict(settings)}, indent=1)
         (temporary / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        for path in temporary.rglob("*"):
-            sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_adapter(folder: Path, settings: AdapterSettings, tensors: Mapping[str, torch.Tensor]) -> None:

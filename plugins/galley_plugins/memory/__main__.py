@@ -83,13 +83,13 @@ def build_command(
     until: str,
 ) -> None:
     """Run a build up to the stage `until`."""
-    from galley_plugins.embedding.training.checkpoint import CheckpointError as TrainingFileError
     from galley_plugins.memory.building.build import Build, BuildOptions
     from galley_plugins.memory.building.corpus import CorpusError
     from galley_plugins.memory.building.stages import StageError
     from galley_plugins.memory.building.training import Schedule, TrainingError
     from galley_plugins.memory.checkpoint import MemoryFileError
     from galley_plugins.quantization.source import CheckpointError
+    from galley_plugins.training_checkpoint import CheckpointError as TrainingFileError
 
     console = Console(stderr=True)
     started = time.monotonic()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle  # for the name of its error alone
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from galley_plugins.memory.network import MemoryNetwork, Sizes
-from galley_plugins.models.store import sync
+from galley_plugins.models.store import replacing
 from galley_plugins.quantization.source import CheckpointError, Source
 
 if TYPE_CHECKING:
@@ -152,23 +151,12 @@ def save_memory(folder: Path, settings: MemorySettings, tensors: Mapping[str, to
     """
     if folder.exists() and not (folder / SETTINGS).is_file() and any(folder.iterdir()):
         raise MemoryFileError(f"{folder}: found other files, expected a memory to replace, or nothing")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was ended
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(folder) as temporary:
         save_file(
             {name: row.detach().cpu().contiguous() for name, row in tensors.items()}, temporary / WEIGHTS
         )
         text = json.dumps({"format": FORMAT, **asdict(settings)}, indent=1)
         (temporary / SETTINGS).write_text(text + "\n", encoding="utf-8")
-        for path in temporary.iterdir():
-            sync(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def memory_folder(path: Path) -> Path:

@@ -192,6 +192,27 @@ def _record(path: Path, expected: Any = None) -> dict[str, Any]:
     return {"size": size, "sha256": sha256_of(path)}
 
 
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` once it is whole and on the disk.
+
+    If filling fails, it is gone and `folder` as it was. One process fills a folder at a time.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was ended
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            sync(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
     """Waits until a file or a folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

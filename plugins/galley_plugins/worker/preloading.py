@@ -63,7 +63,7 @@ def forked() -> bool:
 
 
 def adopt() -> None:
-    """In a process that has vLLM: have its further processes forked, if it has or came from our fork server."""
+    """In a process that has vLLM: have its further processes forked by our fork server, if there is one."""
     server = forkserver._forkserver
     ours = _PRELOADED in sys.modules or _PRELOADED in server._preload_modules  # type: ignore[attr-defined]
     if not ours or server._forkserver_address is None:  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import pytest
 
 from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
+from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.worker import arguments
 from galley_plugins.worker.arguments import GiB, server_arguments
@@ -173,6 +174,28 @@ def test_on_a_cpu_steps_grow_with_the_cores_and_chats_never_fill_one(
     assert 32 <= tokens[0] <= tokens[-1] <= 2048
 
 
+def test_steps_are_longer_where_weights_in_4_bits_meet_integers(
+    served: Callable[..., Any], read_by_vllm: Callable[[list[str]], Any], tmp_path: Path
+) -> None:
+    plain = served(GENERATE).max_num_batched_tokens
+    packed = {"method": "finequant"}
+    quantized = replace(GENERATE, quantization=ServingOptions(load=packed))
+    assert served(quantized).max_num_batched_tokens == 4 * plain
+    for slower in (
+        replace(GENERATE, quantization=ServingOptions(load=packed, activations="float")),
+        replace(quantized, compile="on"),
+    ):
+        assert served(slower).max_num_batched_tokens == plain
+    for config, expected in (
+        ({"quantization_config": {"quant_method": "galley"}}, 4 * plain),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, plain),
+        ({}, plain),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        values = read_by_vllm(server_arguments(GENERATE, tmp_path, "cpu"))
+        assert values.max_num_batched_tokens == expected
+
+
 def test_steps_that_a_user_chose_stay_for_embeddings_too(served: Callable[..., Any]) -> None:
     values = served(BOTH, max_num_batched_tokens=100)
     assert values.max_num_batched_tokens == 100
@@ -260,6 +283,13 @@ def test_lora_modules_with_their_settings_arrive_whole(served: Callable[..., Any
         ("sql", "/a", None),
         ("chef", "/b", "kitchen"),
     ]
+
+
+def test_on_a_cpu_one_place_for_adapters_stays_empty(served: Callable[..., Any]) -> None:
+    modules = ["one=/a", "two=/b"]
+    assert served(BOTH, enable_lora=True, lora_modules=modules).max_loras == 3
+    assert served(BOTH, enable_lora=True, lora_modules=modules, max_loras=2).max_loras == 2
+    assert served(BOTH, "cuda", enable_lora=True, lora_modules=modules).max_loras == 1
 
 
 def test_none_takes_a_default_of_galleys_back(

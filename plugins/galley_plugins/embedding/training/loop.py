@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from galley_plugins.embedding.evaluation.metrics import sts_spearman
-from galley_plugins.embedding.training.checkpoint import Progress
+from galley_plugins.training_checkpoint import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from galley_plugins.embedding.evaluation.data import Pairs
-    from galley_plugins.embedding.training.checkpoint import Checkpoint
+    from galley_plugins.training_checkpoint import Checkpoint
 
 ENCODED = 64  # texts that are encoded at once to be scored
 MOST_GRADIENT = 1.0  # its norm, over all parameters

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from galley_plugins.embedding.adapter import SETTINGS, AdapterError, AdapterSettings, saving
 from galley_plugins.embedding.training.base import BaseModel
-from galley_plugins.embedding.training.checkpoint import Checkpoint, CheckpointError
 from galley_plugins.embedding.training.data import TrainingData, spread
 from galley_plugins.embedding.training.loop import Schedule, spearman, train
+from galley_plugins.training_checkpoint import Checkpoint, CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from galley_plugins.embedding.training.checkpoint import Checkpoint
 from galley_plugins.memory.building.corpus import Corpus
 from galley_plugins.memory.building.datastore import KEYS, VALUES, read_states
 from galley_plugins.memory.building.neighbours import Neighbours, build_index, kind_of
@@ -33,6 +32,7 @@ from galley_plugins.memory.checkpoint import (
 )
 from galley_plugins.memory.network import MemoryNetwork, Sizes
 from galley_plugins.registration import DISTRIBUTION
+from galley_plugins.training_checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

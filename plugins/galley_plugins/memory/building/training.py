@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from galley_plugins.embedding.training.checkpoint import Progress
 from galley_plugins.memory.building.datastore import (
     HELD_KEYS,
     HELD_LIKELIHOODS,
@@ -26,15 +25,16 @@ from galley_plugins.memory.building.datastore import (
 )
 from galley_plugins.memory.building.mixture import Mixture, mixture
 from galley_plugins.memory.building.teacher import OFFSETS, PROBS, TOKENS, spread
+from galley_plugins.training_checkpoint import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from galley_plugins.embedding.training.checkpoint import Checkpoint
     from galley_plugins.memory.building.stages import Stage
     from galley_plugins.memory.network import MemoryNetwork
+    from galley_plugins.training_checkpoint import Checkpoint
 
 MOST_GRADIENT = 1.0  # its norm, over all parameters
 SCORED_ROWS = 2048  # at once

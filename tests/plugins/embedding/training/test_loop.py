@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from galley_plugins.embedding.evaluation.data import Pairs
-from galley_plugins.embedding.training.checkpoint import Checkpoint, CheckpointError
 from galley_plugins.embedding.training.loop import Schedule, TrainingError, spearman, train
+from galley_plugins.training_checkpoint import Checkpoint, CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

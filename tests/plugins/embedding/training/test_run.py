@@ -9,10 +9,10 @@ import torch
 
 from galley_plugins.embedding.adapter import AdapterError, load_settings, load_tensors
 from galley_plugins.embedding.training.causal2vec import Causal2VecRecipe
-from galley_plugins.embedding.training.checkpoint import CheckpointError
 from galley_plugins.embedding.training.gem import GemRecipe
 from galley_plugins.embedding.training.nv_embed import NvEmbedRecipe
 from galley_plugins.embedding.training.run import RunOptions, run
+from galley_plugins.training_checkpoint import CheckpointError
 from tests.plugins.embedding.training.test_loop import Interrupt
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from galley_plugins.embedding.training.checkpoint import Checkpoint
 from galley_plugins.memory.building import training
 from galley_plugins.memory.building.datastore import HELD_KEYS, HELD_LIKELIHOODS, HELD_VALUES, KEYS, VALUES
 from galley_plugins.memory.building.mixture import mixture
@@ -25,6 +24,7 @@ from galley_plugins.memory.building.training import (
     train,
 )
 from galley_plugins.memory.network import MemoryNetwork, Sizes
+from galley_plugins.training_checkpoint import Checkpoint
 from tests.plugins.memory.conftest import HIDDEN, VOCABULARY
 
 if TYPE_CHECKING:
