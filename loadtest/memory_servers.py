@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
 }
 PLAIN, MEMORY, SILENT = "plain", "memory", "memory_at_zero"
 PER_WAVE, QUICK_PER_WAVE = {"b1": 3, "c8": 8}, {"b1": 1, "c8": 8}
-IDENTICAL_TOKENS = 32
+IDENTICAL, QUICK_IDENTICAL, IDENTICAL_TOKENS = 4, 2, 32
 
 
 def compare(
@@ -34,6 +34,7 @@ def compare(
         memory: folder of a build.
     """
     settings = {**SETTINGS, "dtype": dtype}
+    same = QUICK_IDENTICAL if quick else IDENTICAL
     starters = {
         PLAIN: galley_worker(settings, "--tasks", "generate"),
         MEMORY: galley_worker(settings, "--tasks", "generate", "--memory", json.dumps({"path": str(memory)})),
@@ -49,12 +50,12 @@ def compare(
                     servers[name].chat(prompt.text, max_tokens=IDENTICAL_TOKENS, **fields)["choices"][0][
                         "message"
                     ]["content"]
-                    for prompt in prompts[-4:]
+                    for prompt in prompts[-same:]
                 ]
         waves: list[Wave] = list(
             measure(
                 servers,
-                prompts[:-4],
+                prompts[:-same],
                 QUICK_PER_WAVE if quick else PER_WAVE,
                 repeats,
                 max_tokens,

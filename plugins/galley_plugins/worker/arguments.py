@@ -52,6 +52,10 @@ REPEATED = {"middleware"}
 
 def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> list[str]:
     """Arguments of `vllm serve`, without the program's name and the word `serve`."""
+    drafts = spec.speculation
+    if device == "cpu" and drafts is not None and drafts.tree == "auto" and _on_integers(spec, model):
+        # A tree's attention leaves the compiled pass, which costs more than its branches bring.
+        spec = replace(spec, speculation=replace(drafts, tree="off"))
     options: dict[str, Any] = {
         "host": spec.host,
         "port": spec.port,
@@ -148,7 +152,7 @@ def _cpu_options(spec: WorkerSpec, model: Path | str) -> dict[str, Any]:
     if not spec.compiled:  # torch.compile fuses by itself
         common["ir-op-priority"] = COMPILED_NORMS
     if spec.engine.get("enable-lora"):
-        # On a CPU vLLM gives rows without an adapter the last slot's, in batches that have one: it stays empty.
+        # On a CPU vLLM gives rows without an adapter the last slot's, where others have one: it stays empty.
         adapters = spec.engine.get("lora-modules") or []
         common["max-loras"] = 1 + (len(adapters) if isinstance(adapters, list | tuple) else 1)
     if spec.pooling_runner:
@@ -168,7 +172,8 @@ def _on_integers(spec: WorkerSpec, model: Path | str) -> bool:
         return True
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == SERVED_AS)
+        found = config["quantization_config"]
+        return bool(found["quant_method"] == SERVED_AS or SERVED_AS in found)
     except (OSError, ValueError, KeyError, TypeError):
         return False  # a model of a hub, or one that is not quantized
 

@@ -188,12 +188,27 @@ def test_steps_are_longer_where_weights_in_4_bits_meet_integers(
         assert served(slower).max_num_batched_tokens == plain
     for config, expected in (
         ({"quantization_config": {"quant_method": "galley"}}, 4 * plain),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "galley": {}}}, 4 * plain),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, plain),
         ({}, plain),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         values = read_by_vllm(server_arguments(GENERATE, tmp_path, "cpu"))
         assert values.max_num_batched_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "device", "expected"), [("auto", "cpu", "off"), ("on", "cpu", "on"), ("auto", "cuda", "auto")]
+)
+def test_drafts_are_chains_where_weights_in_4_bits_meet_integers(
+    tree: Any, device: Device, expected: str, served: Callable[..., Any]
+) -> None:
+    drafting = replace(BOTH, speculation=SpeculationOptions(tree=tree))
+    quantized = replace(drafting, quantization=ServingOptions(load={"method": "finequant"}))
+    for spec, wanted in ((drafting, tree), (quantized, expected)):
+        speculation = options_of(served(spec, device)).speculation
+        assert speculation is not None
+        assert speculation.tree == wanted
 
 
 def test_steps_that_a_user_chose_stay_for_embeddings_too(served: Callable[..., Any]) -> None:
