@@ -87,7 +87,8 @@ def test_data_and_choices_are_checked_before_anything_is_loaded(
     assert "--windows: found 0, expected at least 1" in refused(*data, *gptq, "--windows", "0")
 
 
-def test_records_are_called_by_what_they_hold(tmp_path: Path) -> None:
+def test_records_are_called_by_what_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GALLEY_DATA", raising=False)
     for path in (bench.WIKITEXT, bench.SPEC_BENCH):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text("words")
