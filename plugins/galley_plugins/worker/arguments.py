@@ -166,8 +166,14 @@ def _cpu_options(spec: WorkerSpec, model: Path | str) -> dict[str, Any]:
 
 def _on_integers(spec: WorkerSpec, model: Path | str) -> bool:
     """Whether products run on packed weights and integers; see `galley_plugins.quantization.decoder`."""
-    if spec.quantization.activations != "integer" or spec.compiled:
-        return False
+    ranks = int(spec.engine.get("tensor-parallel-size") or 1)
+    if (
+        spec.quantization.activations != "integer"
+        or spec.compiled
+        or ranks > 1
+        or spec.engine.get("enable-lora")
+    ):
+        return False  # vLLM's own passes
     if spec.quantization.load is not None:
         return True
     try:

@@ -186,6 +186,8 @@ def test_steps_are_longer_where_weights_in_4_bits_meet_integers(
         replace(quantized, compile="on"),
     ):
         assert served(slower).max_num_batched_tokens == plain
+    for passed in ({"enable_lora": True}, {"tensor_parallel_size": 2}):
+        assert served(quantized, **passed).max_num_batched_tokens == plain
     for config, expected in (
         ({"quantization_config": {"quant_method": "galley"}}, 4 * plain),
         ({"quantization_config": {"quant_method": "compressed-tensors", "galley": {}}}, 4 * plain),
