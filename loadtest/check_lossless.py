@@ -137,13 +137,14 @@ def kept(record: Path, settings: dict[str, Any], found: dict[str, dict[str, Any]
     }
 
 
-def ask(server: Server, prompt: Prompt, max_tokens: int) -> list[int]:
+def ask(server: Server, prompt: Prompt, max_tokens: int, **fields: Any) -> list[int]:
     body = {
         "model": NAME,
         "messages": [{"role": "user", "content": prompt.text}],
         "temperature": 0,
         "max_tokens": max_tokens,
         "return_token_ids": True,
+        **fields,
     }
     answer = server.client.post("/v1/chat/completions", json=body)
     answer.raise_for_status()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from galley_plugins.models import resolve
+from galley_plugins.worker.device import probe, select
 from galley_plugins.worker.environment import worker_environment
 
 if TYPE_CHECKING:
@@ -136,10 +137,12 @@ def plain_vllm(engine: dict[str, Any], env: dict[str, str] | None = None, weight
 
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve(weights))]
-    command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    device = select("auto", probe())
+    command += ["--enforce-eager"] if device == "cpu" else []
     for option, value in engine.items():
         command += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    environment = {**worker_environment("cpu", os.environ), "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": ""}
+    environment = {**worker_environment(device, os.environ), "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": ""}
     return running(command, {**environment, **(env or {})}, port)
 
 

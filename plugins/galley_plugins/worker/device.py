@@ -74,4 +74,5 @@ def _gpu_visible() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     driver = Path("/proc/driver/nvidia/gpus")
-    return (driver.is_dir() and any(driver.iterdir())) or Path("/dev/dxg").exists()
+    named = driver.is_dir() and any(driver.iterdir())
+    return named or Path("/dev/nvidia0").exists() or Path("/dev/dxg").exists()
