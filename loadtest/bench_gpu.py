@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +102,9 @@ def all_running(
                 print(f"{name}: {failed[name]}", flush=True)
 
         with ThreadPoolExecutor(at_once) as pool:
-            list(starmap(pool.submit, starts.items()))
+            tries = [pool.submit(start, name, make) for name, make in starts.items()]
+            for each in tries:
+                each.result()
         yield running, failed
 
 
