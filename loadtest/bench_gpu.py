@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -29,7 +30,7 @@ from loadtest.check_lossless import chosen, compare
 from loadtest.harness import Report
 from loadtest.servers import MODEL, Server, galley_worker, plain_vllm
 from loadtest.specbench import Prompt, data_path, in_turn, load_prompts
-from loadtest.speculation_cells import growth, wave
+from loadtest.speculation_cells import wave
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -145,10 +146,14 @@ def mixed(servers: dict[str, Server], prompts: Sequence[Prompt], tokens: int) ->
 
 
 def speeds(
-    servers: dict[str, Server], prompts: Sequence[Prompt], batches: Sequence[int], repeats: int, tokens: int
-) -> list[dict[str, Any]]:
-    """Waves of new prompts for each repeat, the same for each server in turn."""
-    found = []
+    servers: dict[str, Server],
+    prompts: Sequence[Prompt],
+    batches: Sequence[int],
+    repeats: int,
+    tokens: int,
+    found: list[dict[str, Any]],
+) -> None:
+    """Waves of new prompts for each repeat, the same for each server in turn, added to `found`."""
     rivals = {name: server for name, server in servers.items() if name.endswith("bf16")}
     for name, server in rivals.items():
         wave(server, list(prompts[:16]), 16, 16)
@@ -160,7 +165,6 @@ def speeds(
             chunk = [prompts[(start + place) % len(prompts)] for place in range(count)]
             start += count
             for name, server in rivals.items():
-                before = _drafting(server)
                 each = wave(server, chunk, batch, tokens)
                 row = {
                     "server": name,
@@ -169,16 +173,10 @@ def speeds(
                     "tokens_per_second": each.tokens_per_second,
                     "tokens_per_step": each.generated / each.steps,
                     "seconds": each.seconds,
-                    "drafting": growth(before, _drafting(server)),
+                    "counters": each.counters,
                 }
                 found.append(row)
                 print(name, batch, f"{row['tokens_per_second']:.0f} tokens/s", flush=True)
-    return found
-
-
-def _drafting(server: Server) -> dict[str, float]:
-    names = ("galley_speculation_draft_seconds", "galley_speculation_verify_seconds")
-    return {name: server.metric(f"{name}_sum") or server.metric(f"{name}_total") for name in names}
 
 
 def figures_of(waves: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -250,29 +248,31 @@ def main() -> None:
     others = in_turn([each[options.prompts :] for each in prompts.values()])
     named = {key: value.name if isinstance(value, Path) else value for key, value in vars(options).items()}
     report = Report(options.name, named)
-    with all_running(starters(options), options.at_once) as (servers, failed):
-        report.add("not_started", failed)
-        result: dict[str, Any] = {"served": sorted(servers), "not_started": sorted(failed)}
-        if PLAIN in servers:
-            cells = identical(servers, compared, 8, options.tokens)
-            report.add("cells", cells)
-            result["cells"] = {key: f"{cell['identical']}/{cell['compared']}" for key, cell in cells.items()}
-            print(result["cells"], flush=True)
-            if {"memory", "memory eager"} <= servers.keys():
-                result["memory"] = mixed(servers, compared[:SAMPLED], options.tokens)
-                print(result["memory"], flush=True)
-        if "dual" in servers:
-            result["embeddings"] = similarity(servers["dual"], options.embeddings)
-            print(result["embeddings"], flush=True)
-        waves = speeds(
-            servers,
-            others,
-            [int(each) for each in options.batches.split(",")],
-            options.repeats,
-            options.tokens,
-        )
-    report.add("waves", {"waves": waves})
-    report.finish({**result, **figures_of(waves)})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was measured until then is kept
+    result: dict[str, Any] = {}
+    waves: list[dict[str, Any]] = []
+    try:
+        with all_running(starters(options), options.at_once) as (servers, failed):
+            report.add("not_started", failed)
+            result |= {"served": sorted(servers), "not_started": sorted(failed)}
+            if PLAIN in servers:
+                cells = identical(servers, compared, 8, options.tokens)
+                report.add("cells", cells)
+                result["cells"] = {
+                    key: f"{cell['identical']}/{cell['compared']}" for key, cell in cells.items()
+                }
+                print(result["cells"], flush=True)
+                if {"memory", "memory eager"} <= servers.keys():
+                    result["memory"] = mixed(servers, compared[:SAMPLED], options.tokens)
+                    print(result["memory"], flush=True)
+            if "dual" in servers:
+                result["embeddings"] = similarity(servers["dual"], options.embeddings)
+                print(result["embeddings"], flush=True)
+            batches = [int(each) for each in options.batches.split(",")]
+            speeds(servers, others, batches, options.repeats, options.tokens, waves)
+    finally:
+        report.add("waves", {"waves": waves})
+        report.finish({**result, **figures_of(waves)})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
-from galley_plugins.speculation.device import DeviceDrafter, Rows, Texts, top_predictions
+from galley_plugins.speculation.device import Asked, Rows, Texts, drafter_on, top_predictions
 from galley_plugins.speculation.device_stats import DeviceStats
+from galley_plugins.speculation.drafting import TOP
 from galley_plugins.speculation.requests import drafting_limit, scope_of
 from galley_plugins.speculation.stats import SpeculationStats
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.galley.speculation")
 
-CONTEXT_OFFSETS = (2, 1, 0)  # oldest first
 MOST_ROWS = 256  # rows of a step that are learned from; bounds what their probabilities take
 LEAST = 0.1  # tokens that are accepted more rarely are not scheduled where that is free
 
@@ -102,7 +102,7 @@ class SpeculationV2:
 
 
 class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
-    """Drafts for V2 from `DeviceDrafter`.
+    """Drafts for V2 from the tables of `speculation.device`.
 
     Attributes:
         promising: int64 [requests of the last step], how many tokens of each draft are worth a row.
@@ -118,18 +118,22 @@ class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
         config = vllm_config.speculative_config
         most = config.num_speculative_tokens
         self._states = req_states
-        self._drafter = DeviceDrafter(options, requests=req_states.max_num_reqs, most=most, device=device)
+        self._drafter = drafter_on(device, options, requests=req_states.max_num_reqs, most=most)
         stats = SpeculationStats.from_environment(vllm_config.parallel_config.rank)
         self._stats = DeviceStats(stats, device)
+        self._warmed = False
         self._limited: set[int] = set()  # slots whose limit is below `most`
         self._most = most
-        self._back = torch.tensor(CONTEXT_OFFSETS, device=device)
         self._showing = False
         self._tops: tuple[torch.Tensor, torch.Tensor] | None = None
         self._drafts = torch.zeros((req_states.max_num_reqs, most), dtype=torch.int64, device=device)
         self.enable_adaptive_verification: bool = config.enable_adaptive_verification
         self.draft_token_confidence_probs = torch.zeros((req_states.max_num_reqs, most), device=device)
-        self.promising = torch.zeros(0, dtype=torch.int64, device=device)
+        self._chances = self.draft_token_confidence_probs[:0]
+
+    @property
+    def promising(self) -> torch.Tensor:
+        return (self._chances.cumprod(1) >= LEAST).sum(1)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         del cudagraph_mode
@@ -208,6 +212,7 @@ class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
         """
         count = input_batch.num_reqs
         if dummy_run:
+            self._warm(input_batch, temperature)
             return self._drafts[:count]
         self._stats.drafting()
         slots = input_batch.idx_mapping
@@ -226,33 +231,36 @@ class TableSpeculator(BaseSpeculator):  # type: ignore[misc, unused-ignore]
         tokens, chances = self._drafter.propose(texts, num_speculative_tokens)
         self._drafts[:count] = tokens
         self.draft_token_confidence_probs[:count] = chances
-        self.promising = (chances.cumprod(1) >= LEAST).sum(1)
+        self._chances = chances
         self._stats.drafted()
         return self._drafts[:count]
 
+    def _warm(self, batch: Any, temperature: torch.Tensor) -> None:
+        """Let kernels be compiled before the first request: a step that brings no token teaches nothing."""
+        capturing = self._drafts.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._warmed or capturing:
+            return
+        self._warmed = True
+        slots = batch.idx_mapping
+        none = torch.zeros_like(slots, dtype=torch.int64)
+        texts = Texts(slots, self._states.all_token_ids.gpu, none + 1, none, temperature[slots] > 0)
+        self._stats.verified(none, none, none > 0)
+        count = min(len(batch.logits_indices), MOST_ROWS)
+        tokens = none.new_full((count, TOP), -1)
+        self._drafter.observe(self._rows(batch, texts, tokens, torch.zeros_like(tokens, dtype=torch.float32)))
+        self._drafter.propose(texts)
+
     def _rows(self, batch: Any, texts: Texts, tokens: torch.Tensor, probs: torch.Tensor) -> Rows:
-        """The step's rows; not those of dropped requests, of placeholders and of drafts past their limit."""
-        count = tokens.shape[0]
-        rows = batch.logits_indices[:count].long()
-        slots = batch.expanded_idx_mapping[:count].long()
-        local = batch.expanded_local_pos[:count].long()  # 0 is the last token of the text, then its drafts
-        positions = batch.positions[rows]
-        bounds = batch.cu_num_logits[1:]
-        owner = torch.searchsorted(
-            bounds, torch.arange(count, dtype=bounds.dtype, device=bounds.device), right=True
+        asked = Asked(
+            places=batch.logits_indices,
+            slots=batch.expanded_idx_mapping,
+            local=batch.expanded_local_pos,
+            bounds=batch.cu_num_logits,
+            tokens=batch.input_ids,
+            positions=batch.positions,
+            prompts=self._states.prefill_len.gpu,
         )
-
-        drafted = batch.input_ids[(rows[:, None] - self._back).clamp(min=0)].long()  # [rows, 3]
-        places = positions[:, None] - self._back
-        written = texts.tokens[slots[:, None], places.clamp(min=0)].long()
-        contexts = torch.where(local[:, None] >= self._back, drafted, written)
-        placeholder = (local > 0) & (positions - local < self._states.prefill_len.gpu[slots])
-        dropped = (texts.new[owner] == 0) | placeholder | self._past_limit(batch)[:count]
-        contexts = torch.where(dropped[:, None] | (places < 0), -1, contexts)
-
-        at = (texts.lengths[owner] - texts.new[owner] + local).clamp(max=texts.tokens.shape[1] - 1)
-        following = torch.where(local < texts.new[owner], texts.tokens[slots, at].long(), -1)
-        return Rows(slots, contexts, tokens, probs, following, texts.sampled[owner])
+        return self._drafter.rows(asked, texts, tokens, probs)
 
 
 @contextlib.contextmanager

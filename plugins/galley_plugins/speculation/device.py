@@ -4,8 +4,8 @@ Token Recycling (arXiv 2408.08696), ADED's tri-grams (arXiv 2407.12021) and prom
 the table of `tables`. Where `mixing` adds opinions up, here the most confident source has its way.
 
 Nothing waits for the device: shapes follow from the batch's size alone and no value is read back, so drafting
-keeps up with asynchronous scheduling and could be captured in a CUDA graph. Whatever is written is
-deterministic, for the ranks of a tensor-parallel group each draft for themselves and must draft the same.
+keeps up with asynchronous scheduling. What is written is deterministic, for the ranks of a tensor-parallel
+group draft for themselves and must draft the same. `triton_drafter` does all of it in a few launches.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from galley_kernels.choice import has_triton
 from galley_plugins.speculation.drafting import CONTEXT, TOP
 from galley_plugins.speculation.tables import _MULTIPLIER, WAYS, NgramTable
 
@@ -43,9 +44,9 @@ WINDOW = 8192  # tokens that it looks back; bounds its memory: requests x window
 PROB_BINS = 12
 LENGTH_BINS = 13  # match lengths; the last one is 12 and more
 BINS = CONTEXT * PROB_BINS + LENGTH_BINS
-_LOOKUP = CONTEXT * PROB_BINS  # where the lengths' bins begin
+LOOKUP_BINS = CONTEXT * PROB_BINS  # where the lengths' bins begin
 _BELIEF = (0.6, 0.75, 0.9)  # how much of its own probability a table is believed at first, by order
-_PRIOR, _MOST_SEEN = 8.0, 512.0  # examples that a bin's first rate is worth, and that count later
+_PRIOR, MOST_SEEN = 8.0, 512.0  # examples that a bin's first rate is worth, and that count later
 _MASK = 0x1FFFFFFFF
 
 
@@ -133,19 +134,24 @@ class DeviceTable:
 
     Of several rows of a batch that fall on one entry the last one counts; `NgramTable` takes them in turn.
     One spare set lies past the table's end: what must not be written goes there, so that shapes stay fixed.
+
+    Attributes:
+        entries: how many there are; also where the spare ones begin.
+        clock: int32 [], how many batches were learned.
+        keys: int64, stamps: int32 [sets + 1, 4]; tokens: int32, weights: float32 [entries + 4, 8].
     """
 
     def __init__(self, budget: int, device: torch.device | str) -> None:
         self.table = table = NgramTable(budget, device)
-        self._spare = table.sets * WAYS
+        self.entries = table.sets * WAYS
         keys, stamps, tokens, weights = (
             torch.cat((tensor, tensor[:1])) for tensor in table.tensors().values()
         )
         table.keys, table.stamps = keys[:-1], stamps[:-1]
         table.tokens, table.weights = tokens[:-1], weights[:-1]
-        self._keys, self._stamps = keys.view(-1, WAYS), stamps.view(-1, WAYS)
-        self._tokens, self._weights = tokens.view(-1, TOP), weights.view(-1, TOP)
-        self._clock = torch.zeros((), dtype=torch.int32, device=device)
+        self.keys, self.stamps = keys.view(-1, WAYS), stamps.view(-1, WAYS)
+        self.tokens, self.weights = tokens.view(-1, TOP), weights.view(-1, TOP)
+        self.clock = torch.zeros((), dtype=torch.int32, device=device)
         self._ways = torch.arange(WAYS, device=device)
 
     def find(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -155,9 +161,9 @@ class DeviceTable:
             tokens int64 [..., 8], weights float32 [..., 8], and which keys are known, bool [...].
         """
         sets = self._set_of(keys)
-        known, way = (self._keys[sets] == keys[..., None]).int().max(-1)
+        known, way = (self.keys[sets] == keys[..., None]).int().max(-1)
         entry = sets * WAYS + way
-        return self._tokens[entry].long(), self._weights[entry], known > 0
+        return self.tokens[entry].long(), self.weights[entry], known > 0
 
     def learn(
         self,
@@ -176,22 +182,22 @@ class DeviceTable:
             probs: float32 [m, 8].
             rates: float32 [m].
         """
-        self._clock += 1
+        self.clock += 1
         sets = self._set_of(keys)
-        held = self._keys[sets]  # [m, ways]
-        age = torch.where(held == 0, -1, self._stamps[sets].long())
+        held = self.keys[sets]  # [m, ways]
+        age = torch.where(held == 0, -1, self.stamps[sets].long())
         age = torch.where(held == keys[:, None], -2, age)
         oldest = (age * WAYS + self._ways).amin(1)  # its own way, else a free one, else the oldest
         known = (oldest < -WAYS)[:, None]
         entry = sets * WAYS + (oldest & (WAYS - 1))
-        have = torch.where(known, self._tokens[entry].long(), -1)
-        weights = torch.where(known, self._weights[entry], 0.0)
+        have = torch.where(known, self.tokens[entry].long(), -1)
+        weights = torch.where(known, self.weights[entry], 0.0)
         have, weights = blend(have, weights, tokens, probs, rates)
-        entry = self._last_of_each(torch.where(valid, entry, self._spare))
-        self._keys.view(-1)[entry] = keys
-        self._stamps.view(-1)[entry] = self._clock
-        self._tokens[entry] = have.int()
-        self._weights[entry] = weights
+        entry = self._last_of_each(torch.where(valid, entry, self.entries))
+        self.keys.view(-1)[entry] = keys
+        self.stamps.view(-1)[entry] = self.clock
+        self.tokens[entry] = have.int()
+        self.weights[entry] = weights
 
     def _set_of(self, keys: torch.Tensor) -> torch.Tensor:
         return (keys >> 12) & (self.table.sets - 1)
@@ -203,7 +209,7 @@ class DeviceTable:
         place = ordered // count
         last = torch.ones_like(place, dtype=torch.bool)
         last[:-1] = place[1:] != place[:-1]
-        return torch.empty_like(entry).scatter_(0, ordered % count, torch.where(last, place, self._spare))
+        return torch.empty_like(entry).scatter_(0, ordered % count, torch.where(last, place, self.entries))
 
 
 class Calibration:
@@ -221,7 +227,7 @@ class Calibration:
         ]
         first += [1 - 1 / (1 + 0.5 * length) if length else 0.01 for length in range(LENGTH_BINS)]
         self.rates = torch.tensor([*first, *first, 0.0], device=device)  # the last is for what does not count
-        self._seen = torch.full_like(self.rates, _PRIOR)
+        self.seen = torch.full_like(self.rates, _PRIOR)
 
     def rate(self, bins: torch.Tensor) -> torch.Tensor:
         """Float32 [...] of int64 `bins` [...]."""
@@ -239,9 +245,9 @@ class Calibration:
         # Sums of whole numbers are the same in whatever order the device adds them.
         hits = torch.zeros_like(self.rates).index_add_(0, places, right.flatten().float())
         new = torch.zeros_like(self.rates).index_add_(0, places, torch.ones_like(places, dtype=hits.dtype))
-        self._seen += new
-        self.rates += (hits - new * self.rates) / self._seen
-        self._seen.clamp_(max=_MOST_SEEN)
+        self.seen += new
+        self.rates += (hits - new * self.rates) / self.seen
+        self.seen.clamp_(max=MOST_SEEN)
 
 
 @dataclass(slots=True)
@@ -265,6 +271,29 @@ class Rows:
     probs: torch.Tensor
     following: torch.Tensor
     sampled: torch.Tensor
+
+
+@dataclass(slots=True)
+class Asked:
+    """Where a step asked the model: at the last token of each text that was known, and at its drafts.
+
+    Attributes:
+        places: int64 [rows], of the step's tokens.
+        slots: integers [rows], the request of each row.
+        local: integers [rows], 0 at the text's last token, then the place of the draft's.
+        bounds: int32 [n + 1], where the rows of each request begin.
+        tokens: int32 [tokens], of the step.
+        positions: int64 [tokens], in their texts.
+        prompts: int32 [requests], tokens of each prompt, by slot.
+    """
+
+    places: torch.Tensor
+    slots: torch.Tensor
+    local: torch.Tensor
+    bounds: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    prompts: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -307,6 +336,7 @@ class DeviceDrafter:
         self._scoped = scope_hashes(torch.zeros(requests, dtype=torch.int64, device=device))
         self._calibration = Calibration(device)
         self._steps = torch.arange(most, device=device)
+        self._back = torch.arange(CONTEXT - 1, -1, -1, device=device)  # oldest first
         orders = ORDERS[options.method]
         self._columns = slice(orders[0] - 1, orders[-1]) if orders else None
         self._rates = torch.tensor(RATES[options.method], device=device)
@@ -325,6 +355,36 @@ class DeviceDrafter:
         self._scoped[at] = scope_hashes(scope)
         self.limits[at] = limit
         self._matched[at] = 0
+
+    def rows(self, asked: Asked, texts: Texts, tokens: torch.Tensor, probs: torch.Tensor) -> Rows:
+        """What the model said; dropped requests, placeholders and drafts past a limit teach nothing.
+
+        Args:
+            tokens: int64 [m, 8] of the first m rows, best first.
+            probs: float32 [m, 8].
+        """
+        count = tokens.shape[0]
+        places, slots, local = (
+            asked.places[:count].long(),
+            asked.slots[:count].long(),
+            asked.local[:count].long(),
+        )
+        positions = asked.positions[places]
+        ends = asked.bounds[1:]
+        index = torch.arange(count, dtype=ends.dtype, device=ends.device)
+        owner = torch.searchsorted(ends, index, right=True)
+
+        drafted = asked.tokens[(places[:, None] - self._back).clamp(min=0)].long()  # [rows, 3]
+        before = positions[:, None] - self._back
+        written = texts.tokens[slots[:, None], before.clamp(min=0)].long()
+        contexts = torch.where(local[:, None] >= self._back, drafted, written)
+        placeholder = (local > 0) & (positions - local < asked.prompts[slots])
+        dropped = (texts.new[owner] == 0) | placeholder | (local > self.limits[slots])
+        contexts = torch.where(dropped[:, None] | (before < 0), -1, contexts)
+
+        at = (texts.lengths[owner] - texts.new[owner] + local).clamp(max=texts.tokens.shape[1] - 1)
+        following = torch.where(local < texts.new[owner], texts.tokens[slots, at].long(), -1)
+        return Rows(slots, contexts, tokens, probs, following, texts.sampled[owner])
 
     def observe(self, rows: Rows) -> None:
         """Learn from verified rows, those of accepted and of rejected drafts alike."""
@@ -447,7 +507,18 @@ class DeviceDrafter:
 
     def _length_bins(self, size: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """Bins [n, most] of copies after a match of `size` [n, 1]; a copy that holds makes it longer."""
-        return _LOOKUP + (size + self._steps).clamp(max=LENGTH_BINS - 1) + sampled[:, None] * BINS
+        return LOOKUP_BINS + (size + self._steps).clamp(max=LENGTH_BINS - 1) + sampled[:, None] * BINS
+
+
+def drafter_on(
+    device: torch.device | str, options: SpeculationOptions, *, requests: int, most: int
+) -> DeviceDrafter:
+    """By Triton's kernels on a GPU, by tensor operations elsewhere; see `DeviceDrafter`."""
+    if torch.device(device).type == "cuda" and has_triton():
+        from galley_plugins.speculation.triton_drafter import TritonDrafter
+
+        return TritonDrafter(options, requests=requests, most=most, device=device)
+    return DeviceDrafter(options, requests=requests, most=most, device=device)
 
 
 def _check(options: SpeculationOptions) -> None:

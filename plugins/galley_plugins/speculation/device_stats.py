@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from galley_kernels.choice import has_triton
 from galley_plugins.speculation.stats import (
     LENGTH_START,
     LENGTH_SUM,
@@ -35,6 +36,7 @@ class DeviceStats:
     def __init__(self, stats: SpeculationStats, device: torch.device | str) -> None:
         self._stats = stats
         self._cuda = torch.device(device).type == "cuda"
+        self._fused = self._cuda and has_triton()
         self._values = torch.zeros(SIZE, dtype=torch.float64, device=device)
         self._copy = torch.zeros(SIZE, dtype=torch.float64, pin_memory=self._cuda)
         self._ready: torch.cuda.Event | None = None
@@ -53,6 +55,11 @@ class DeviceStats:
             accepted: int64 [requests], how many of them stand.
             counted: bool [requests]; the rest gained no token in this step.
         """
+        if self._fused:
+            from galley_plugins.speculation.triton_stats import add_verified
+
+            add_verified(self._values, self._bounds, nodes, accepted, counted)
+            return
         nodes, accepted = nodes * counted, accepted * counted
         drafted = nodes.sum()
         sums = (counted.any(), counted.sum(), drafted, accepted.sum(), drafted)

@@ -173,8 +173,11 @@ def propose(speculator: TableSpeculator, step: Any, new: torch.Tensor, **fields:
 
 
 def test_a_dummy_step_drafts_nothing_and_leaves_no_trace(speculator: TableSpeculator) -> None:
+    rates = speculator._drafter._calibration.rates.clone()
     assert propose(speculator, batch(), torch.ones(3), dummy_run=True).shape == (3, MOST)
     assert not speculator.draft_token_confidence_probs.any()
+    assert len(speculator._drafter.table.table) == 0
+    assert torch.equal(speculator._drafter._calibration.rates[:-1], rates[:-1])
 
 
 # -- the runner -----------------------------------------------------------------------------------------------
@@ -261,7 +264,7 @@ def test_drafts_are_cut_where_that_breaks_neither_graphs_nor_schedules(
     states: Any, asynchronous: Any, counts: list[int]
 ) -> None:
     subject = runner(states, asynchronous=asynchronous)
-    subject.speculator.promising = torch.tensor([2, 0, 3])
+    subject.speculator._chances = torch.tensor([[0.9, 0.5, 0.1], [0.0, 0.0, 0.0], [1.0, 0.9, 0.5]])
     drafts = subject.take_draft_token_ids()
     assert drafts.req_ids == ["a", "b", "c"]
     assert [len(ids) for ids in drafts.draft_token_ids] == counts

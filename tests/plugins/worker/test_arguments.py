@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.worker import arguments
-from galley_plugins.worker.arguments import GiB, server_arguments
+from galley_plugins.worker.arguments import FREE_ROWS, GiB, draft_schedule, server_arguments
 from galley_plugins.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -387,9 +388,21 @@ def test_speculation_asks_each_runner_for_what_it_takes(
     assert v1["--block-size"] == "32"
     assert "--block-size" not in speculating(tmp_path, "cpu", tree="off")
     for_v2 = {"method": "ngram_gpu", "num_speculative_tokens": 16}
-    assert speculating(tmp_path, "cuda")["config"] == for_v2
+    on_a_gpu = {**for_v2, "num_speculative_tokens_per_batch_size": draft_schedule(16)}
+    assert speculating(tmp_path, "cuda")["config"] == on_a_gpu
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     assert speculating(tmp_path, "cpu")["config"] == for_v2
+
+
+@pytest.mark.parametrize("most", [1, 6, 16, 96])
+def test_on_a_gpu_drafts_shrink_as_the_batch_grows_and_end(most: int) -> None:
+    """vLLM's own reading of the schedule: no step of full drafts has more rows than are nearly free."""
+    lookup = build_dynamic_sd_schedule_lookup(draft_schedule(most), 256, most)
+    assert lookup[1] == most
+    assert all(size * (1 + lookup[size]) <= FREE_ROWS for size in range(1, 257) if lookup[size])
+    assert lookup[1:] == sorted(lookup[1:], reverse=True)
+    assert lookup[256] == 0
+    assert len(set(lookup[1:])) <= 6  # each length has graphs of its own
 
 
 def test_without_speculation_nothing_is_drafted(tmp_path: Path) -> None:
