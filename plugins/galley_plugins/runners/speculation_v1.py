@@ -27,6 +27,7 @@ from galley_plugins.speculation.branches import BranchPlan, add_request, copies_
 from galley_plugins.speculation.drafting import Ask, Draft, Opening, Seen, Timing
 from galley_plugins.speculation.lifecycle import DrafterFiles
 from galley_plugins.speculation.requests import drafting_limit, scope_of, standing_alone
+from galley_plugins.speculation.rest import Rest
 from galley_plugins.speculation.stats import SpeculationStats
 from galley_plugins.speculation.top_candidates import top_candidates
 from galley_plugins.speculation.verification import StepRows, Verified
@@ -88,8 +89,10 @@ class SpeculationV1:
         self._tops: tuple[np.ndarray, np.ndarray] | None = None
         self._arena: torch.Tensor | None = None
         self._scratch: list[int] = []
-        self._step_started = self._step_ended = self._verify_seconds = 0.0
+        self._step_started = self._step_ended = self._verify_seconds = self._propose_seconds = 0.0
         self._decode_only = self._timed = False
+        self._rest = Rest() if options.method == "hybrid" else None  # others do not know what pays
+        self._pausing = False
 
     def _make_drafter(self: Any, options: SpeculationOptions, vocab_size: int) -> Drafter:
         warm_up(options, vocab_size)
@@ -239,8 +242,11 @@ class SpeculationV1:
     # -- after it -----------------------------------------------------------------------------------------
 
     def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        if spec_decode_metadata is None:
-            return super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+        requests = self._rows.requests
+        undrafted = len(self._rows.tokens) == requests
+        self._pausing = self._rest is not None and undrafted and self._rest.pausing(requests)
+        if spec_decode_metadata is None or self._pausing:
+            return super()._sample(logits, None)  # type: ignore[misc]
         started = time.perf_counter()
         sampling = self.input_batch.sampling_metadata
         self.input_batch.update_async_output_token_ids()
@@ -283,6 +289,9 @@ class SpeculationV1:
         started = time.perf_counter()
         batch = self.input_batch
         request_ids = batch.req_ids
+        if self._pausing:  # texts that go on unseen are taken up again by `_open`
+            self._step_ended = started
+            return [[] for _ in request_ids]
         lengths = np.array(batch.num_tokens_no_spec[: len(request_ids)], np.int32)  # the new tokens included
         gained = np.array([len(tokens) for tokens in sampled_token_ids], np.int32)
         speaking = np.flatnonzero(gained)
@@ -300,10 +309,14 @@ class SpeculationV1:
             )
             self._text_lengths[request_id] = int(lengths[row])
             asks.append(self._ask(request_id, number, int(lengths[row]), tree=trees))
-        self._time_step(len(speaking))
+        self._time_step(len(speaking), started)
         drafts: list[list[int]] = [[] for _ in request_ids]
         room = len(self._scratch)
+        proposing = time.perf_counter()
         proposed = self.galley_drafter.propose(asks) if asks else []
+        self._propose_seconds = time.perf_counter() - proposing
+        if self._rest is not None and asks:
+            self._rest.drafted(len(asks), sum(len(draft.tokens) for draft in proposed))
         for row, draft in zip(speaking, proposed, strict=True):
             draft = draft.depth_first()
             if not draft.is_chain:
@@ -368,13 +381,14 @@ class SpeculationV1:
         # A grammar's masks are laid out for a chain.
         return Ask(number, limit, tree and params.structured_outputs is None)
 
-    def _time_step(self: Any, requests: int) -> None:
+    def _time_step(self: Any, requests: int, started: float) -> None:
         """Tell the drafter what the step cost, the scheduler's part since the last one included."""
         pause = self._step_started - self._step_ended
         self._timed = self._decode_only and requests > 0 and 0 <= pause < _IDLE_SECONDS
         if self._timed:
-            seconds = time.perf_counter() - self._step_ended
-            self.galley_drafter.timed(Timing(len(self._rows.tokens), requests, seconds))
+            now = time.perf_counter()
+            seconds, own = now - self._step_ended, self._propose_seconds + now - started
+            self.galley_drafter.timed(Timing(len(self._rows.tokens), requests, seconds, own))
 
     def _count(self: Any, speaking: np.ndarray, gained: np.ndarray, started: float) -> None:
         now = time.perf_counter()

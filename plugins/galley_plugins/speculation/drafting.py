@@ -135,11 +135,13 @@ class Timing:
         tokens: tokens that ran through the model.
         requests: requests that they belong to.
         seconds: wall time of the step, drafting included.
+        drafting: of it what the step would not have taken without speculation, but for the tokens.
     """
 
     tokens: int
     requests: int
     seconds: float
+    drafting: float = 0.0
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from numba import njit
 
 from galley_plugins.speculation import automaton, mixing, tables
 from galley_plugins.speculation.automaton import Automaton, Text
-from galley_plugins.speculation.cost import StepCost, worthwhile
+from galley_plugins.speculation.cost import StepCost, least_worthwhile, worthwhile
 from galley_plugins.speculation.drafting import CONTEXT, Ask, Draft, Opening, Seen, Timing, depth_first
 from galley_plugins.speculation.mixing import DEPTHS, MOST, Candidates, Mixer
 from galley_plugins.speculation.store import TableFileError, load_tables, save_tables
@@ -38,6 +38,7 @@ RATES = (0.5, 0.6, 0.7)  # how far a prediction moves an older one under one, tw
 PACE = 0.01  # step size of the mixing weights
 DEPTH_PACE = 0.01
 LEAST = 0.02  # nodes that are reached more rarely are never drafted
+PROBE, PROBED_REQUESTS = 16, 4  # each 16th step of a batch of 4 or more drafts nothing, to know its cost
 GREEDY, SAMPLED = 0, 1
 
 
@@ -80,13 +81,14 @@ class Hybrid:
         self._budget = options.table_bytes
         self._vocab_size = vocab_size
         self.table = NgramTable(self._budget)
-        self.cost = StepCost()
+        self.cost = StepCost(options.token_cost)
         self.mixer = mixing.new_mixer()
         self._arrays = self.table.arrays()
         self._rates = np.array(RATES, np.float32)
         self._scratch = mixing.new_candidates()
         self._pool = np.empty(((self.limit + 1) * (MOST + 1), 4))
         self._requests: dict[int, _Request] = {}
+        self._drafted = 0  # steps in a row
 
     def begin(self, request: int, opening: Opening) -> None:
         opened = _Request(opening, self.limit)
@@ -126,6 +128,8 @@ class Hybrid:
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         grown = []
+        room = sum(min(ask.limit, self.limit) for ask in asks)
+        least = max(LEAST, min(least_worthwhile(self.cost, len(asks), room), 1.0))
         for ask in asks:
             opened = self._requests[ask.request]
             opened.nodes = 0
@@ -133,18 +137,22 @@ class Hybrid:
             if limit > 0:
                 opened.nodes = mixing.grow(
                     self._scratch, self._arrays, opened.scope, opened.text.automaton, self.mixer,
-                    opened.kind, opened.context, limit, not ask.tree, LEAST, opened.tokens, opened.parents,
+                    opened.kind, opened.context, limit, not ask.tree, least, opened.tokens, opened.parents,
                     opened.reach, opened.chance, opened.depths, self._pool,
                 )  # fmt: skip
             grown.append(opened)
         reach = np.concatenate([opened.reach[: opened.nodes] for opened in grown]) if grown else np.empty(0)
         order = np.sort(reach)[::-1]
         count = worthwhile(self.cost, len(asks), order)
-        least = order[count - 1] if count else np.inf
+        self._drafted = self._drafted + 1 if count else 0
+        if self._drafted == PROBE and len(asks) >= PROBED_REQUESTS:
+            self._drafted = count = 0
+        self._drafted %= PROBE
+        last = order[count - 1] if count else np.inf
         drafts = []
         for opened in grown:
             # Nodes come in the order of falling reach, so what stays is a tree.
-            opened.keep(int((opened.reach[: opened.nodes] >= least).sum()))
+            opened.keep(int((opened.reach[: opened.nodes] >= last).sum()))
             drafts.append(Draft(opened.tokens[: opened.nodes].copy(), opened.parents[: opened.nodes].copy()))
         return drafts
 

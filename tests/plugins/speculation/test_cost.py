@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from galley_plugins.speculation.cost import StepCost, worthwhile
+from galley_plugins.speculation.cost import StepCost, least_worthwhile, worthwhile
 from galley_plugins.speculation.drafting import Timing
 
 
@@ -83,3 +83,33 @@ def test_impossible_timings_are_ignored() -> None:
     assert cost.scale == 0.0
     assert worthwhile(cost, 0, np.array([0.5])) == 0
     assert worthwhile(cost, 1, np.array([])) == 0
+
+
+def test_what_looking_for_drafts_takes_must_come_back_too() -> None:
+    """Free tokens bring a tenth more; with a quarter of each step spent on looking, that does not pay."""
+    cost = measured(lambda tokens: 0.04)
+    assert worthwhile(cost, 10, np.array([1.0])) == 1
+    for _ in range(200):
+        cost.add(Timing(8, 8, 0.04, 0.01))
+    assert cost.overhead == pytest.approx(0.25, rel=0.01)
+    assert worthwhile(cost, 10, np.array([1.0])) == 0
+
+
+def test_what_was_not_measured_is_no_flatter_than_what_was() -> None:
+    cost = StepCost()
+    for tokens in [8, 16] * 200:
+        cost.add(Timing(tokens, 8, 0.02 + 0.004 * tokens))
+    slope = float(cost(16) - cost(8)) / 8
+    assert float(cost(64) - cost(24)) / 40 == pytest.approx(slope, rel=0.1)
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+def test_no_draft_that_pays_has_a_candidate_below_the_least(requests: int) -> None:
+    cost = measured(lambda tokens: 0.02 + 0.002 * tokens)
+    random = np.random.default_rng(2)
+    least = least_worthwhile(cost, requests, 16)
+    assert least > 0.05
+    for _ in range(300):
+        reach = np.sort(random.random(16))[::-1]
+        count = worthwhile(cost, requests, reach)
+        assert count == 0 or reach[count - 1] >= least

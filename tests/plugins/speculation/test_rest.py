@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from galley_plugins.speculation.rest import AWAKE, LEAST_REQUESTS, LONGEST, SHORTEST, Rest
+
+
+def pause_after(rest: Rest, requests: int = 8) -> int:
+    """Steps of the pause that follows as many steps without a draft as it takes."""
+    for _ in range(AWAKE):
+        assert not rest.pausing(requests)
+        rest.drafted(requests, 0)
+    length = 0
+    while rest.pausing(requests):
+        length += 1
+    return length
+
+
+def test_pauses_grow_while_nothing_is_worth_drafting_and_have_a_bound() -> None:
+    rest = Rest()
+    lengths = [pause_after(rest) for _ in range(6)]
+    assert lengths[:3] == [SHORTEST, 2 * SHORTEST, 4 * SHORTEST]
+    assert lengths[-1] == LONGEST
+
+
+def test_a_draft_puts_the_next_pause_off_and_makes_it_short() -> None:
+    rest = Rest()
+    pause_after(rest)
+    pause_after(rest)
+    for _ in range(AWAKE - 1):
+        rest.drafted(8, 0)
+    rest.drafted(8, 1)
+    assert not rest.pausing(8)
+    assert pause_after(rest) == SHORTEST
+
+
+def test_a_batch_that_shrinks_ends_a_pause() -> None:
+    rest = Rest()
+    for _ in range(AWAKE):
+        rest.drafted(8, 0)
+    assert rest.pausing(8)
+    assert rest.pausing(7)
+    assert not rest.pausing(6)
+    assert not rest.pausing(8)
+
+
+def test_few_requests_are_never_left_alone() -> None:
+    assert pause_after(Rest(), requests=LEAST_REQUESTS - 1) == 0
