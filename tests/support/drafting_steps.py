@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from galley_plugins.speculation.device import BINS, Asked, DeviceDrafter, Rows, Texts
+from galley_plugins.speculation.device import (
+    BINS,
+    DeviceDrafter,
+)
 from galley_plugins.speculation.device_stats import DeviceStats
+from galley_plugins.speculation.device_steps import Asked, Rows, Texts
 from galley_plugins.speculation.options import MiB, SpeculationOptions
 from galley_plugins.speculation.stats import SpeculationStats
 

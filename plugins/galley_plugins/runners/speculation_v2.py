@@ -23,8 +23,12 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
-from galley_plugins.speculation.device import Asked, Rows, Texts, drafter_on, top_predictions
+from galley_plugins.speculation.device import (
+    drafter_on,
+    top_predictions,
+)
 from galley_plugins.speculation.device_stats import DeviceStats
+from galley_plugins.speculation.device_steps import Asked, Rows, Texts
 from galley_plugins.speculation.drafting import TOP
 from galley_plugins.speculation.requests import drafting_limit, scope_of
 from galley_plugins.speculation.stats import SpeculationStats

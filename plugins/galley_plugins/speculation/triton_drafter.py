@@ -27,11 +27,9 @@ from galley_plugins.speculation.device import (
     PROB_BINS,
     SHORTEST,
     WINDOW,
-    Asked,
     DeviceDrafter,
-    Rows,
-    Texts,
 )
+from galley_plugins.speculation.device_steps import Asked, Rows, Texts
 from galley_plugins.speculation.drafting import CONTEXT, TOP
 from galley_plugins.speculation.tables import WAYS
 

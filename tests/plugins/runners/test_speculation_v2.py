@@ -20,7 +20,7 @@ from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.speculation_v2 import SpeculationV2, TableSpeculator
-from galley_plugins.speculation.device import Rows, Texts
+from galley_plugins.speculation.device_steps import Rows, Texts
 from galley_plugins.speculation.options import MiB, SpeculationOptions
 
 MOST, VOCABULARY = 3, 50

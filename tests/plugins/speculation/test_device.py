@@ -15,13 +15,12 @@ from galley_plugins.speculation.device import (
     WINDOW,
     DeviceDrafter,
     DeviceTable,
-    Rows,
-    Texts,
     blend,
     context_keys,
     scope_hashes,
     top_predictions,
 )
+from galley_plugins.speculation.device_steps import Rows, Texts
 from galley_plugins.speculation.options import MiB, SpeculationOptions
 from galley_plugins.speculation.tables import WAYS, NgramTable, context_key
 
