@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from loadtest.check_lossless import REFERENCE, chosen, compare
 from loadtest.check_lossless import ask as ids_of
-from loadtest.check_lossless import chosen, compare
 from loadtest.harness import Report
 from loadtest.servers import MODEL, Server, galley_worker, plain_vllm
 from loadtest.specbench import Prompt, data_path, in_turn, load_prompts
@@ -80,8 +80,10 @@ def starters(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     }
     found["ngram bf16"] = lambda: plain_vllm({**fast, "speculative-config": peer}, weights=options.model)
     worker("hybrid bf16", fast, "--speculation", json.dumps({"method": "hybrid"}))
-    chosen_names = options.servers.split(",") if options.servers else list(found)
-    return {name: found[name] for name in chosen_names}
+    names = options.servers.split(",") if options.servers else list(found)
+    if unknown := [name for name in names if name not in found]:
+        sys.exit(f"bench_gpu: --servers: found {', '.join(unknown)}, expected some of {', '.join(found)}")
+    return {name: found[name] for name in names}
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def identical(
 ) -> dict[str, dict[str, Any]]:
     """Every float32 server's answers beside plain vLLM's, at `batch` and, for some prompts, alone."""
     exact = {name: each for name, each in servers.items() if "bf16" not in name and "memory" not in name}
-    found = {("none", 8): answers_of(servers[PLAIN], prompts, batch, tokens)}
+    found = {REFERENCE: answers_of(servers[PLAIN], prompts, batch, tokens)}
     for name, server in exact.items():
         if name != PLAIN:
             found[name, batch] = answers_of(server, prompts, batch, tokens)

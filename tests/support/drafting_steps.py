@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from galley_plugins.speculation.device import (
-    BINS,
-    DeviceDrafter,
-)
+from galley_plugins.speculation.device import BINS, DeviceDrafter
 from galley_plugins.speculation.device_stats import DeviceStats
 from galley_plugins.speculation.device_steps import Asked, Rows, Texts
 from galley_plugins.speculation.options import MiB, SpeculationOptions
@@ -21,15 +18,7 @@ SLOTS, MOST, LONGEST = 6, 5, 2200
 
 def steps_of(kind: str, method: str, budget: int, seed: int) -> dict[str, Any]:
     """All that a drafter says over some steps of random texts, and what it has learned in the end."""
-    values = {"method": method, "table_bytes": max(budget, MiB)}
-    options = SpeculationOptions.from_values(values)
-    object.__setattr__(options, "table_bytes", budget)
-    make: Any = DeviceDrafter
-    if kind == "triton":
-        from galley_plugins.speculation.triton_drafter import TritonDrafter
-
-        make = TritonDrafter
-    subject = make(options, requests=SLOTS, most=MOST, device="cpu")
+    subject = drafter_of(kind, method, budget)
     subject.begin(list(range(SLOTS)), [3, 3, 4, 5, 5, 6], [MOST, MOST, 2, MOST, 0, MOST])
     random = torch.Generator().manual_seed(seed)
 
@@ -70,8 +59,9 @@ def steps_of(kind: str, method: str, budget: int, seed: int) -> dict[str, Any]:
     }
 
 
-def drafter_of(kind: str, method: str = "hybrid") -> DeviceDrafter:
+def drafter_of(kind: str, method: str = "hybrid", budget: int = MiB) -> DeviceDrafter:
     options = SpeculationOptions.from_values({"method": method, "table_bytes": MiB})
+    object.__setattr__(options, "table_bytes", budget)  # smaller ones than users may ask for, too
     if kind == "triton":
         from galley_plugins.speculation.triton_drafter import TritonDrafter
 

@@ -145,9 +145,8 @@ class Hybrid:
         order = np.sort(reach)[::-1]
         count = worthwhile(self.cost, len(asks), order)
         self._drafted = self._drafted + 1 if count else 0
-        if self._drafted == PROBE and len(asks) >= PROBED_REQUESTS:
+        if self._drafted >= PROBE and len(asks) >= PROBED_REQUESTS:
             self._drafted = count = 0
-        self._drafted %= PROBE
         last = order[count - 1] if count else np.inf
         drafts = []
         for opened in grown:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from galley_plugins.speculation.drafting import Ask, Draft, Opening, Seen, Timing, depth_first
-from galley_plugins.speculation.hybrid import Hybrid
+from galley_plugins.speculation.hybrid import PROBE, PROBED_REQUESTS, Hybrid
 from galley_plugins.speculation.options import MiB, SpeculationOptions
 
 VOCABULARY = 1000
@@ -205,3 +205,15 @@ def test_depth_first_puts_first_children_next_to_their_parents() -> None:
     order, parents = depth_first(np.array([-1, -1, 0, 0, 2, 1], np.int32))
     assert order.tolist() == [0, 2, 4, 3, 1, 5]
     assert parents.tolist() == [-1, 0, 1, 0, -1, 4]
+
+
+@pytest.mark.parametrize(("requests", "probes"), [(PROBED_REQUESTS, 2), (PROBED_REQUESTS - 1, 0)])
+def test_a_batch_goes_without_drafts_now_and_then(requests: int, probes: int) -> None:
+    subject = drafter()
+    cheap(subject)
+    for request in range(requests):
+        subject.begin(request, Opening(np.array(SENTENCE * 3, np.int32)))
+    asks = [Ask(request, 4, False) for request in range(requests)]
+    steps = [sum(len(draft.tokens) for draft in subject.propose(asks)) for _ in range(2 * PROBE)]
+    assert steps.count(0) == probes
+    assert all(steps[index] == 0 for index in range(PROBE - 1, probes * PROBE, PROBE))
