@@ -140,6 +140,9 @@ class SpeculationConfig(_Frozen):
     corpus: Path | None = Field(None, description="a table made by `galley speculation build-table`")
     trigram: TrigramConfig = TrigramConfig()
     swift: SwiftConfig = SwiftConfig()
+    token_cost: float | None = Field(
+        None, ge=0, le=1, description="cost of one more token, of a step of one, until it was measured"
+    )
 
 
 class QuantizationConfig(_Frozen):

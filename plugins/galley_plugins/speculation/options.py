@@ -127,7 +127,8 @@ class SpeculationOptions:
         corpus: a table built by `galley speculation build-table`, for `trigram`.
         trigram: constants of the `trigram` drafter.
         swift: constants of the `self` drafter.
-        token_cost: what one more token costs, of a step of one, as long as `hybrid` has not measured it.
+        token_cost: what one more token costs, of a step of one, as long as `hybrid` has not measured it;
+            None is the usual for how the weights are multiplied.
     """
 
     method: Method = "hybrid"
@@ -139,7 +140,7 @@ class SpeculationOptions:
     corpus: str | None = None
     trigram: TrigramOptions = field(default_factory=TrigramOptions)
     swift: SwiftOptions = field(default_factory=SwiftOptions)
-    token_cost: float = 0.03
+    token_cost: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("method", Method), ("tree", Tree), ("scope", Scope)):
@@ -153,7 +154,7 @@ class SpeculationOptions:
                 f"speculation.max_draft_tokens: found {self.max_draft_tokens}, "
                 f"expected 1 to {MOST_DRAFT_TOKENS}"
             )
-        if not 0 <= self.token_cost <= 1:
+        if self.token_cost is not None and not 0 <= self.token_cost <= 1:
             raise ValueError(f"speculation.token_cost: found {self.token_cost}, expected 0 to 1")
         if self.table_bytes < MiB:
             raise ValueError(f"speculation.table_bytes: found {self.table_bytes}, expected at least {MiB}")

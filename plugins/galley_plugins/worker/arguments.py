@@ -63,7 +63,8 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
     if device == "cpu" and drafts is not None and _on_integers(spec, model):
         # A tree's attention leaves the compiled pass, which costs more than its branches bring.
         tree = "off" if drafts.tree == "auto" else drafts.tree
-        spec = replace(spec, speculation=replace(drafts, tree=tree, token_cost=INTEGER_TOKEN_COST))
+        cost = INTEGER_TOKEN_COST if drafts.token_cost is None else drafts.token_cost
+        spec = replace(spec, speculation=replace(drafts, tree=tree, token_cost=cost))
     options: dict[str, Any] = {
         "host": spec.host,
         "port": spec.port,

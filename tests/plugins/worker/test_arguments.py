@@ -17,7 +17,13 @@ from galley_plugins.options import PluginOptions
 from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.worker import arguments
-from galley_plugins.worker.arguments import FREE_ROWS, GiB, draft_schedule, server_arguments
+from galley_plugins.worker.arguments import (
+    FREE_ROWS,
+    INTEGER_TOKEN_COST,
+    GiB,
+    draft_schedule,
+    server_arguments,
+)
 from galley_plugins.worker.spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -212,6 +218,18 @@ def test_drafts_are_chains_where_weights_in_4_bits_meet_integers(
         speculation = options_of(served(spec, device)).speculation
         assert speculation is not None
         assert speculation.tree == wanted
+
+
+@pytest.mark.parametrize(("cost", "expected"), [(None, INTEGER_TOKEN_COST), (0.2, 0.2)])
+def test_a_token_is_dearer_where_weights_in_4_bits_meet_integers_unless_a_user_said(
+    cost: float | None, expected: float, served: Callable[..., Any]
+) -> None:
+    drafting = replace(BOTH, speculation=SpeculationOptions(token_cost=cost))
+    quantized = replace(drafting, quantization=ServingOptions(load={"method": "finequant"}))
+    for spec, wanted in ((drafting, cost), (quantized, expected)):
+        speculation = options_of(served(spec, "cpu")).speculation
+        assert speculation is not None
+        assert speculation.token_cost == wanted
 
 
 def test_steps_that_a_user_chose_stay_for_embeddings_too(served: Callable[..., Any]) -> None:
