@@ -89,7 +89,8 @@ class SpeculationV1:
         self._tops: tuple[np.ndarray, np.ndarray] | None = None
         self._arena: torch.Tensor | None = None
         self._scratch: list[int] = []
-        self._step_started = self._step_ended = self._verify_seconds = self._propose_seconds = 0.0
+        self._step_started = self._step_ended = 0.0
+        self._tops_seconds = self._verify_seconds = self._propose_seconds = 0.0
         self._decode_only = self._timed = False
         self._rest = Rest() if options.method == "hybrid" else None  # others do not know what pays
         self._pausing = False
@@ -251,6 +252,7 @@ class SpeculationV1:
         sampling = self.input_batch.sampling_metadata
         self.input_batch.update_async_output_token_ids()
         self._tops = top_candidates(logits)
+        self._tops_seconds = time.perf_counter() - started
         best = np.ascontiguousarray(self._tops[0][:, 0])
         self._verified, output = verification.verify(logits, best, self._rows, sampling, self.sampler)
         if self._plan is not None:
@@ -316,7 +318,7 @@ class SpeculationV1:
         proposed = self.galley_drafter.propose(asks) if asks else []
         self._propose_seconds = time.perf_counter() - proposing
         if self._rest is not None and asks:
-            self._rest.drafted(len(asks), sum(len(draft.tokens) for draft in proposed))
+            self._rest.looked(len(asks), self.galley_drafter.worth)
         for row, draft in zip(speaking, proposed, strict=True):
             draft = draft.depth_first()
             if not draft.is_chain:
@@ -387,7 +389,8 @@ class SpeculationV1:
         self._timed = self._decode_only and requests > 0 and 0 <= pause < _IDLE_SECONDS
         if self._timed:
             now = time.perf_counter()
-            seconds, own = now - self._step_ended, self._propose_seconds + now - started
+            seconds = now - self._step_ended
+            own = self._tops_seconds + self._propose_seconds + now - started
             self.galley_drafter.timed(Timing(len(self._rows.tokens), requests, seconds, own))
 
     def _count(self: Any, speaking: np.ndarray, gained: np.ndarray, started: float) -> None:

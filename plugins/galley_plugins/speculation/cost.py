@@ -96,8 +96,8 @@ def least_worthwhile(cost: StepCost, requests: int, most: int) -> float:
     return float(requests / costs[0] * np.diff(costs).min())
 
 
-def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float = 1.02) -> int:
-    """How many draft tokens make the most tokens a second.
+def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float = 1.02) -> tuple[int, float]:
+    """How many draft tokens make the most tokens a second, and how much that is worth.
 
     Args:
         requests: requests in the next step; each brings one token in any case.
@@ -105,12 +105,15 @@ def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float =
         margin: how much better it must be than steps without speculation, which look for no drafts either.
 
     Returns:
-        how many of the first candidates to draft, 0 where none pays.
+        count: how many of the first candidates to draft, 0 where none pays.
+        worth: the share that tokens a second grow by, over steps that look for no drafts; below 0 where
+            looking was for nothing.
     """
     if requests < 1 or len(reach) == 0:
-        return 0
+        return 0, -cost.overhead
     tokens = requests + np.arange(len(reach) + 1)
     expected = requests + np.concatenate(([0.0], np.cumsum(reach, dtype=np.float64)))
     speed = expected / cost(tokens)
     best = int(np.argmax(speed))
-    return best if speed[best] > margin * speed[0] / (1.0 - cost.overhead) else 0
+    ratio = float(speed[best] / speed[0] * (1.0 - cost.overhead))
+    return (best, ratio - 1.0) if ratio > margin else (0, -cost.overhead)

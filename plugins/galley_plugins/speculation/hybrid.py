@@ -90,6 +90,7 @@ class Hybrid:
         self._pool = np.empty(((self.limit + 1) * (MOST + 1), 4))
         self._requests: dict[int, _Request] = {}
         self._drafted = 0  # steps in a row
+        self.worth = 0.0  # of looking for the last drafts; see `worthwhile`
 
     def begin(self, request: int, opening: Opening) -> None:
         opened = _Request(opening, self.limit)
@@ -144,7 +145,7 @@ class Hybrid:
             grown.append(opened)
         reach = np.concatenate([opened.reach[: opened.nodes] for opened in grown]) if grown else np.empty(0)
         order = np.sort(reach)[::-1]
-        count = worthwhile(self.cost, len(asks), order)
+        count, self.worth = worthwhile(self.cost, len(asks), order)
         self._drafted = self._drafted + 1 if count else 0
         if self._drafted >= PROBE and len(asks) >= PROBED_REQUESTS:
             self._drafted = count = 0

@@ -1,10 +1,10 @@
-"""When nothing is worth drafting, looking for drafts is not either: a pause, and a look now and then."""
+"""Where drafts bring less than looking for them takes, nobody looks: a pause, and a look now and then."""
 
 from __future__ import annotations
 
 LEAST_REQUESTS = 4  # below, one request's text decides, and may begin to repeat itself at any step
-AWAKE = 8  # steps in a row without a draft before a pause
-SHORTEST, LONGEST = 8, 64  # steps of a pause, doubled while nothing is found
+AWAKE = 8  # steps that are judged together
+SHORTEST, LONGEST = 8, 64  # steps of a pause, doubled while looking does not pay
 FEWER = 0.75  # a batch that has shrunk to this share ends a pause: drafts pay sooner
 
 
@@ -12,7 +12,8 @@ class Rest:
     """Says at each step whether speculation pauses."""
 
     def __init__(self) -> None:
-        self._idle = 0
+        self._looked = 0  # steps since the last judgement, and what they were worth
+        self._worth = 0.0
         self._left = 0
         self._length = SHORTEST
         self._requests = 0  # when the pause began
@@ -26,14 +27,22 @@ class Rest:
         self._left -= 1
         return True
 
-    def drafted(self, requests: int, tokens: int) -> None:
-        """A step that did not pause drafted so many tokens."""
-        if tokens > 0:
-            self._idle, self._length = 0, SHORTEST
-        elif requests >= LEAST_REQUESTS:
-            self._idle += 1
+    def looked(self, requests: int, worth: float) -> None:
+        """A step that did not pause looked for drafts.
+
+        Args:
+            worth: the share of a step's tokens a second that it gained or lost by that.
+        """
+        if requests < LEAST_REQUESTS:
+            self._looked, self._worth = 0, 0.0
+            return
+        self._looked += 1
+        self._worth += worth
+        if self._looked < AWAKE:
+            return
+        if self._worth > 0:
+            self._length = SHORTEST
         else:
-            self._idle = 0
-        if self._idle >= AWAKE:
-            self._idle, self._left, self._requests = 0, self._length, requests
+            self._left, self._requests = self._length, requests
             self._length = min(2 * self._length, LONGEST)
+        self._looked, self._worth = 0, 0.0

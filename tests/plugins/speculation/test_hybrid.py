@@ -217,3 +217,15 @@ def test_a_batch_goes_without_drafts_now_and_then(requests: int, probes: int) ->
     steps = [sum(len(draft.tokens) for draft in subject.propose(asks)) for _ in range(2 * PROBE)]
     assert steps.count(0) == probes
     assert all(steps[index] == 0 for index in range(PROBE - 1, probes * PROBE, PROBE))
+
+
+def test_looking_is_worth_what_drafts_bring_less_what_it_takes() -> None:
+    """Free tokens of a text that repeats itself bring half as many again, and more; no room brings nothing."""
+    subject = drafter()
+    cheap(subject)
+    subject.cost.overhead = 0.1
+    subject.begin(0, Opening(np.array(SENTENCE * 3, np.int32)))
+    subject.propose([Ask(0, 16, False)])
+    assert subject.worth > 0.5
+    subject.propose([Ask(0, 0, False)])
+    assert subject.worth == pytest.approx(-0.1)

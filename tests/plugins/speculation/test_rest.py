@@ -4,10 +4,10 @@ from galley_plugins.speculation.rest import AWAKE, LEAST_REQUESTS, LONGEST, SHOR
 
 
 def pause_after(rest: Rest, requests: int = 8) -> int:
-    """Steps of the pause that follows as many steps without a draft as it takes."""
+    """Steps of the pause that follows as many steps without a gain as it takes."""
     for _ in range(AWAKE):
         assert not rest.pausing(requests)
-        rest.drafted(requests, 0)
+        rest.looked(requests, -0.05)
     length = 0
     while rest.pausing(requests):
         length += 1
@@ -21,21 +21,37 @@ def test_pauses_grow_while_nothing_is_worth_drafting_and_have_a_bound() -> None:
     assert lengths[-1] == LONGEST
 
 
-def test_a_draft_puts_the_next_pause_off_and_makes_it_short() -> None:
+def test_a_draft_that_brings_more_than_looking_took_puts_the_next_pause_off_and_makes_it_short() -> None:
     rest = Rest()
     pause_after(rest)
     pause_after(rest)
     for _ in range(AWAKE - 1):
-        rest.drafted(8, 0)
-    rest.drafted(8, 1)
+        rest.looked(8, -0.05)
+    rest.looked(8, 0.05 * AWAKE)
     assert not rest.pausing(8)
+    assert pause_after(rest) == SHORTEST
+
+
+def test_drafts_that_bring_less_than_looking_took_do_not() -> None:
+    rest = Rest()
+    for _ in range(AWAKE - 1):
+        rest.looked(8, -0.05)
+    rest.looked(8, 0.05)
+    assert rest.pausing(8)
+
+
+def test_steps_of_few_requests_are_not_judged_with_those_of_many() -> None:
+    rest = Rest()
+    for _ in range(AWAKE - 1):
+        rest.looked(8, -0.05)
+    rest.looked(1, -0.05)
     assert pause_after(rest) == SHORTEST
 
 
 def test_a_batch_that_shrinks_ends_a_pause() -> None:
     rest = Rest()
     for _ in range(AWAKE):
-        rest.drafted(8, 0)
+        rest.looked(8, 0.0)
     assert rest.pausing(8)
     assert rest.pausing(7)
     assert not rest.pausing(6)
