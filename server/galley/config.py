@@ -141,7 +141,7 @@ class SpeculationConfig(_Frozen):
     trigram: TrigramConfig = TrigramConfig()
     swift: SwiftConfig = SwiftConfig()
     token_cost: float | None = Field(
-        None, ge=0, le=1, description="cost of one more token, of a step of one, until it was measured"
+        None, ge=0, le=1, description="a token's cost over a step's fixed one, until it was measured"
     )
 
 

@@ -25,7 +25,7 @@ class StepCost:
     which decides how much to draft, stays.
 
     Args:
-        slope: what one more token costs, of a step of one, until it is measured.
+        slope: what a token costs, over what a step takes whatever its tokens, until it is measured.
     """
 
     def __init__(self, slope: float = 0.03) -> None:

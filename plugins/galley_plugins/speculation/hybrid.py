@@ -38,7 +38,7 @@ RATES = (0.5, 0.6, 0.7)  # how far a prediction moves an older one under one, tw
 PACE = 0.01  # step size of the mixing weights
 DEPTH_PACE = 0.01
 LEAST = 0.02  # nodes that are reached more rarely are never drafted
-TOKEN_COST = 0.03  # of a step of one token, with float weights on a CPU
+TOKEN_COST = 0.03  # see `StepCost`; with float weights on a CPU
 PROBE, PROBED_REQUESTS = 16, 4  # each 16th step of a batch of 4 or more drafts nothing, to know its cost
 GREEDY, SAMPLED = 0, 1
 
