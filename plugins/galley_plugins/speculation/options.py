@@ -127,8 +127,8 @@ class SpeculationOptions:
         corpus: a table built by `galley speculation build-table`, for `trigram`.
         trigram: constants of the `trigram` drafter.
         swift: constants of the `self` drafter.
-        token_cost: what a token costs, over what a step takes whatever its tokens, as long as `hybrid` has not
-            measured it; None is the usual for how the weights are multiplied.
+        token_cost: what a token costs, over what a step takes whatever its tokens, as long as `hybrid` has
+            not measured it; None is the usual for how the weights are multiplied.
     """
 
     method: Method = "hybrid"
