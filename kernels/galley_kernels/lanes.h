@@ -24,15 +24,28 @@ inline Lanes lanes(const float* from) {
     return made;
 }
 inline Lanes lanes(const uint16_t* from) {
+#ifdef GALLEY_AVX2
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#else
     Halves half;
     std::memcpy(&half, from, sizeof half);
     const Words words = __builtin_convertvector(half, Words) << 16;
     Lanes made;
     std::memcpy(&made, &words, sizeof made);
     return made;
+#endif
 }
 inline void put(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
-inline Lanes all(float value) { return Lanes{} + value; }
+inline Lanes maximum(Lanes one, Lanes other) {
+#ifdef GALLEY_AVX2
+    return _mm256_max_ps(one, other);
+#else
+    for (int i = 0; i < 8; ++i) one[i] = one[i] > other[i] ? one[i] : other[i];
+    return one;
+#endif
+}
+inline Lanes all(float value) { return Lanes{value, value, value, value, value, value, value, value}; }
 
 // e to the power of x: 2 to a whole number times a polynomial of what is left (the coefficients of Cephes' expf).
 inline Lanes exponential(Lanes x) {

@@ -91,6 +91,17 @@ def test_extreme_codes_do_not_overflow() -> None:
             assert torch.equal(IntegerLinear([matrix])(x), torch.full((4, 8), 64.0 * code * value))
 
 
+def test_opposite_halves_of_a_block_do_not_overflow() -> None:
+    # Two sums of 16 bits have half of a block's inputs each, and start at minus four times all activations.
+    place = torch.arange(64)
+    patterns = [place % 4 < 2, place % 4 >= 2, place % 2 == 0, place < 16, place >= 0]
+    signs = torch.stack([torch.where(chosen, 1, -1) for chosen in patterns])
+    x = torch.cat([signs, -signs]).float()
+    codes = torch.cat([torch.where(x > 0, high, low) for high in (7, 0, -8) for low in (-8, 0, 7)]).int()
+    matrix = PackedMatrix(pack_codes(codes, 4), torch.ones(len(codes), 2), 4)
+    assert torch.allclose(IntegerLinear([matrix])(x), x @ codes.float().T, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_does_not_depend_on_its_neighbours(bits: int) -> None:
     torch.manual_seed(1)

@@ -68,12 +68,18 @@ inline void attend(const Attention& over, const Number* cache, const int32_t* ta
         const int64_t last = std::min(first + CHUNK, keys);
         for (int64_t token = first; token < last; token += TOKENS) {
             const Number* turned = block_of(token) + token % over.block;
+            const int64_t next = token + TOKENS < keys ? token + TOKENS : token;
+            const Number* ahead = block_of(next) + next % over.block;
+            const Number* values = block_of(token) + (over.block + token % over.block) * head;
             Lanes sum[QUERIES][4] = {};
-            for (int64_t d = 0; d < head; ++d)
+            for (int64_t d = 0; d < head; ++d) {
+                __builtin_prefetch(ahead + d * over.block, 0, 3);
+                __builtin_prefetch(values + d * TOKENS, 0, 2);
                 for (int v = 0; v < 4; ++v) {
                     const Lanes key = lanes(turned + d * over.block + 8 * v);
                     for (int q = 0; q < QUERIES; ++q) sum[q][v] += all(query[q][d]) * key;
                 }
+            }
             for (int q = 0; q < QUERIES; ++q)
                 for (int v = 0; v < 4; ++v) put(scores[q] + token - first + 8 * v, sum[q][v]);
         }
@@ -81,8 +87,11 @@ inline void attend(const Attention& over, const Number* cache, const int32_t* ta
         for (int q = 0; q < count; ++q) {
             const int64_t own = std::min(std::max(limits[q] - first, int64_t{0}), last - first);
             const int64_t width = (last - first + TOKENS - 1) / TOKENS * TOKENS;
-            float highest = most[q];
-            for (int64_t t = 0; t < own; ++t) highest = std::max(highest, scores[q][t]);
+            Lanes larger = all(most[q]);
+            for (int64_t t = own; t < (own + 7) / 8 * 8; ++t) scores[q][t] = -std::numeric_limits<float>::infinity();
+            for (int64_t t = 0; t < own; t += 8) larger = maximum(larger, lanes(scores[q] + t));
+            float highest = larger[0];
+            for (int i = 1; i < 8; ++i) highest = std::max(highest, larger[i]);
             old[q] = std::exp(most[q] - highest);
             most[q] = highest;
             Lanes sums{};

@@ -17,7 +17,7 @@ using galley::BLOCK;
 using galley::Matrix;
 using galley::Needs;
 
-constexpr int64_t GATHER = 16;  // rows whose attention one thread computes
+constexpr int64_t GATHER = 16;  // rows whose attention one thread computes, at the most
 constexpr int64_t SLAB = 32;    // rows at a time: their activations stay in a core's cache
 
 struct Linear {
@@ -141,7 +141,7 @@ class Scratch {
             word_scales = byte_scales + each / BLOCK;
             words = integers.get();
             bytes = reinterpret_cast<int8_t*>(words + each);
-            offsets = sums.get();
+            starts = sums.get();
         }
         int64_t size = 0;
         std::unique_ptr<float[]> floats;
@@ -244,6 +244,7 @@ template <typename Number>
 void attend_all(const Decoder& decoder, const Step& step, const Attention& over, void* cache) {
     const int64_t width = (decoder.query_heads + 2 * decoder.key_heads) * decoder.head, head = decoder.head;
     const int64_t shared = decoder.query_heads / decoder.key_heads;
+    const int64_t gather = std::clamp(step.rows * decoder.key_heads / (4 * decoder.threads), int64_t{1}, GATHER);
     const Number* qkv = static_cast<const Number*>(step.qkv);
     Number* kept = static_cast<Number*>(cache);
 #pragma omp for schedule(static)
@@ -252,13 +253,13 @@ void attend_all(const Decoder& decoder, const Step& step, const Attention& over,
                          head);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t key_head = 0; key_head < decoder.key_heads; ++key_head)
-        for (int64_t first = 0; first < step.rows; first += GATHER) {
+        for (int64_t first = 0; first < step.rows; first += gather) {
             float made[galley::QUERIES][512];
             const Number* queries[galley::QUERIES];
             int64_t limits[galley::QUERIES], places[galley::QUERIES];
             float* results[galley::QUERIES];
             for (int q = 0; q < galley::QUERIES; ++q) results[q] = made[q];
-            const int64_t last = std::min(first + GATHER, step.rows);
+            const int64_t last = std::min(first + gather, step.rows);
             int64_t request = std::upper_bound(over.starts, over.starts + over.requests + 1, first) - over.starts - 1;
             int count = 0;
             const auto flush = [&] {

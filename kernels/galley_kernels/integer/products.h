@@ -50,13 +50,26 @@ struct Activations {
     int16_t* words;  // [rows][inputs], beside 8-bit weights
     float* byte_scales;
     float* word_scales;  // [rows][blocks]
-    int32_t* offsets;    // [rows][blocks]: what the 8 that is added to a 4-bit code adds to a block's sum
+    int32_t* starts;     // [rows][blocks]: of `start_of`
 };
 
 // What a map's matrices need of activations.
 struct Needs {
     bool bytes, words, tiles;
 };
+
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define GALLEY_VNNI 1
+#endif
+
+// Where a block's sum of products with 4-bit codes starts, which are 8 too large; `sum` is of its activations.
+inline int32_t start_of(int32_t sum) {
+#if defined(GALLEY_AVX2) && !defined(GALLEY_VNNI)
+    return ((-4 * sum) & 0xffff) * 0x10001u;  // half in each of the two sums of 16 bits
+#else
+    return -8 * sum;
+#endif
+}
 
 inline float largest(const float* x) {
 #ifdef GALLEY_AVX2
@@ -113,7 +126,7 @@ inline void round_row(const Activations& to, int64_t row, int64_t rows, int64_t 
         const bool some = most > 1e-30f;
         if (needs.bytes) {
             to.byte_scales[at] = most / 127;
-            to.offsets[at] = 8 * round_block(x + block * BLOCK, some ? 127 / most : 0, to.bytes + from);
+            to.starts[at] = start_of(round_block(x + block * BLOCK, some ? 127 / most : 0, to.bytes + from));
         }
         if (needs.words) {
             to.word_scales[at] = most / 32767;
@@ -143,8 +156,7 @@ inline __m256i spread_four(const void* from) {
     return _mm256_set1_epi32(four);
 }
 
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-#define GALLEY_VNNI 1
+#ifdef GALLEY_VNNI
 inline __m256i add_products(__m256i sum, __m256i codes, __m256i bytes) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
     return _mm256_dpbusd_epi32(sum, codes, bytes);
@@ -158,8 +170,10 @@ inline __m256i add_products(__m256i sum, __m256i codes, __m256i bytes) {
 template <int BITS, int ROWS, int PANELS>
 inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
                        int64_t from, __m256i (*sum)[ROWS]) {
-    for (int p = 0; p < PANELS; ++p)
-        for (int r = 0; r < ROWS; ++r) sum[p][r] = _mm256_setzero_si256();
+    for (int r = 0; r < ROWS; ++r) {
+        const __m256i start = _mm256_set1_epi32(BITS == 4 ? rows.starts[((row + r) * inputs + from) / BLOCK] : 0);
+        for (int p = 0; p < PANELS; ++p) sum[p][r] = start;
+    }
     if (BITS == 4) {
         const __m256i low = _mm256_set1_epi8(15);
         const int8_t* x = rows.bytes + row * inputs + from;
@@ -179,25 +193,22 @@ inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& r
 #ifdef GALLEY_VNNI
                     sum[p][r] = add_products(add_products(sum[p][r], one[p], left), two[p], right);
 #else
-                    // A pair is at most 2 * 15 * 127, so that eight of them fit 16 bits.
+                    // All sixteen products and the start are at most 30480, which fits 16 bits.
                     sum[p][r] = _mm256_add_epi16(sum[p][r], _mm256_maddubs_epi16(one[p], left));
+                    asm("" : "+x"(sum[p][r]));  // else products are added to each other first, which spills sums
                     sum[p][r] = _mm256_add_epi16(sum[p][r], _mm256_maddubs_epi16(two[p], right));
+                    asm("" : "+x"(sum[p][r]));
 #endif
                 }
             }
         }
-        for (int r = 0; r < ROWS; ++r) {
-            const __m256i offset = _mm256_set1_epi32(rows.offsets[(row + r) * (inputs / BLOCK) + from / BLOCK]);
-            for (int p = 0; p < PANELS; ++p) {
 #ifndef GALLEY_VNNI
-                sum[p][r] = _mm256_madd_epi16(sum[p][r], _mm256_set1_epi16(1));
+        for (int p = 0; p < PANELS; ++p)
+            for (int r = 0; r < ROWS; ++r) sum[p][r] = _mm256_madd_epi16(sum[p][r], _mm256_set1_epi16(1));
 #endif
-                sum[p][r] = _mm256_sub_epi32(sum[p][r], offset);
-            }
-        }
     } else {
         const int16_t* x = rows.words + row * inputs + from;
-#pragma GCC unroll 2
+#pragma GCC unroll 1
         for (int step = 0; step < BLOCK / 2; ++step) {
             __m256i some[PANELS];
             for (int p = 0; p < PANELS; ++p)
@@ -205,8 +216,10 @@ inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& r
                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + p * apart) + step));
             for (int r = 0; r < ROWS; ++r) {
                 const __m256i two = spread_four(x + r * inputs + 2 * step);
-                for (int p = 0; p < PANELS; ++p)
+                for (int p = 0; p < PANELS; ++p) {
                     sum[p][r] = _mm256_add_epi32(sum[p][r], _mm256_madd_epi16(some[p], two));
+                    asm("" : "+x"(sum[p][r]));
+                }
             }
         }
     }
@@ -263,7 +276,7 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
             float part = 0;
             for (int64_t block = group * each; block < (group + 1) * each; ++block) {
                 const int64_t at = r * blocks + block;
-                int32_t sum = BITS == 4 ? -rows.offsets[at] : 0;
+                int32_t sum = BITS == 4 ? rows.starts[at] : 0;
                 for (int64_t k = block * BLOCK; k < (block + 1) * BLOCK; ++k) {
                     if (BITS == 4) {
                         const uint8_t both = codes[k / 8 * PANEL * 4 + out * 4 + k % 4];
@@ -331,7 +344,7 @@ inline void all_rows(const Matrix& matrix, int64_t panel, const Activations& fro
 template <int BITS>
 inline void product(const Matrix& matrix, const Activations& from, int64_t rows, float* out, int64_t stride) {
     const int64_t panels = (matrix.outputs + PANEL - 1) / PANEL;
-    constexpr int TOGETHER = BITS == 4 ? 2 : 1;  // what registers hold
+    constexpr int TOGETHER = 2;  // what registers hold
 #pragma omp for schedule(static) nowait
     for (int64_t panel = 0; panel < panels; panel += TOGETHER)
         (panels - panel < TOGETHER ? all_rows<BITS, 1> : all_rows<BITS, TOGETHER>)(matrix, panel, from, rows, out,

@@ -11,7 +11,7 @@ import heapq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from galley_plugins.quantization.options import QuantizationOptions
+from galley_plugins.quantization.options import CHANNEL, QuantizationOptions
 from galley_plugins.quantization.plan import SUFFIX, Plan
 from galley_plugins.quantization.quantizer import quantize_together
 
@@ -26,7 +26,7 @@ CANDIDATES = (
         for size in (128, 64, 32)
         for sigma in (4.0, 3.0, 2.5)
     ),
-    QuantizationOptions("rtn", bits=8, group_size=128),
+    *(QuantizationOptions("rtn", bits=8, group_size=size) for size in (128, 64, CHANNEL)),
 )
 
 

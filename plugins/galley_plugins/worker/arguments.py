@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from galley_plugins.embedding.options import WHOLE_PROMPT
 from galley_plugins.models import engine_options
-from galley_plugins.quantization.options import SERVED_AS
+from galley_plugins.quantization.options import SERVED_AS, QuantizationOptions
 from galley_plugins.worker.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ GiB = 1024**3
 # gone. This keeps a step of a small model near 100 ms. Longer ones cost less per token; measured on two cores
 # with the built-in model in float32: 2.1 ms with 48 tokens, 1.9 with 64, 1.6 with 128, 1.5 with 256.
 PREFILL_TOKENS_PER_CORE = 24
-INTEGER_PREFILL_TOKENS_PER_CORE = 96  # of weights in 4 bits beside integers, which take a fourth of the time
+# Of packed weights beside integers, by their bits: they take a fourth of the time, and a third.
+INTEGER_PREFILL_TOKENS_PER_CORE = {4: 96, 8: 64}
 
-# A token's cost beside them, over what a step takes whatever its tokens: on two cores 3.5 ms over 11.5.
+# A token's cost beside those of 4 bits, over what any step takes: on two cores 3.5 ms over 11.5.
 INTEGER_TOKEN_COST = 0.3
 
 EMBED_TOKENS_PER_CORE = 96  # of a step in which only embeddings run; a chat may have to wait for one of them
@@ -61,7 +63,7 @@ REPEATED = {"middleware"}
 def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> list[str]:
     """Arguments of `vllm serve`, without the program's name and the word `serve`."""
     drafts = spec.speculation
-    if device == "cpu" and drafts is not None and _on_integers(spec, model):
+    if device == "cpu" and drafts is not None and _integer_bits(spec, model):
         # A tree's attention leaves the compiled pass, which costs more than its branches bring.
         tree = "off" if drafts.tree == "auto" else drafts.tree
         cost = INTEGER_TOKEN_COST if drafts.token_cost is None else drafts.token_cost
@@ -173,7 +175,8 @@ def draft_schedule(most: int) -> list[list[int]]:
 
 def _cpu_options(spec: WorkerSpec, model: Path | str) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
-    each = INTEGER_PREFILL_TOKENS_PER_CORE if _on_integers(spec, model) else PREFILL_TOKENS_PER_CORE
+    bits = _integer_bits(spec, model)
+    each = PREFILL_TOKENS_PER_CORE if bits is None else INTEGER_PREFILL_TOKENS_PER_CORE[bits]
     if "generate" not in spec.tasks:
         each = EMBED_ALONE_TOKENS_PER_CORE
     prefill = min(max(cores * each, 48), MOST_STEP_TOKENS)
@@ -193,24 +196,31 @@ def _cpu_options(spec: WorkerSpec, model: Path | str) -> dict[str, Any]:
     }
 
 
-def _on_integers(spec: WorkerSpec, model: Path | str) -> bool:
-    """Whether products run on packed weights and integers; see `galley_plugins.quantization.decoder`."""
+def _integer_bits(spec: WorkerSpec, model: Path | str) -> int | None:
+    """Of most matrices, where products run on packed weights and integers; None where they do not.
+
+    See `galley_plugins.quantization.decoder`.
+    """
     ranks = int(spec.engine.get("tensor-parallel-size") or 1)
     if (
         spec.quantization.activations != "integer"
         or spec.compiled
         or ranks > 1
         or spec.engine.get("enable-lora")
+        or shutil.which(os.environ.get("CXX") or "c++") is None  # what `galley_kernels.compiler` builds with
     ):
-        return False  # vLLM's own passes
+        return None  # vLLM's own passes
     if spec.quantization.load is not None:
-        return True
+        return QuantizationOptions.from_values(spec.quantization.load).bits
     try:
         config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        found = config["quantization_config"]
-        return bool(found["quant_method"] == SERVED_AS or SERVED_AS in found)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # a model of a hub, or one that is not quantized
+        described = config["quantization_config"]
+        if described["quant_method"] != SERVED_AS:
+            described = described[SERVED_AS]
+        bits = [int(matrix["bits"]) for matrix in described["matrices"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a model of a hub, or one that is not quantized
+    return 8 if 2 * bits.count(8) > len(bits) else 4
 
 
 def _render(options: dict[str, Any]) -> list[str]:

@@ -59,6 +59,15 @@ def test_a_spread_is_no_further_from_the_best_than_one_step() -> None:
         assert error == pytest.approx(best)  # where all is affordable
 
 
+@pytest.mark.parametrize("inputs", [576, 1536, 100])
+def test_a_large_budget_gives_every_input_dimension_8_bits(inputs: int) -> None:
+    weights = torch.randn(16, inputs, generator=torch.Generator().manual_seed(2))
+    plan = plan_for([["a.weight"]], lambda _: weights, Plan(SOME), 8.5)
+    chosen = plan.options_of("a")
+    assert chosen is not None
+    assert chosen.bits == 8
+
+
 def test_errors_fall_with_bits_and_outliers() -> None:
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(32, 128, generator=generator)

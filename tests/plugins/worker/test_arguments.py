@@ -195,15 +195,31 @@ def test_steps_are_longer_where_weights_in_4_bits_meet_integers(
         assert served(slower).max_num_batched_tokens == plain
     for passed in ({"enable_lora": True}, {"tensor_parallel_size": 2}):
         assert served(quantized, **passed).max_num_batched_tokens == plain
+    eight = replace(GENERATE, quantization=ServingOptions(load={"method": "rtn", "bits": 8}))
+    assert plain < served(eight).max_num_batched_tokens < 4 * plain
+    made = {"matrices": {"a": {"bits": 4}, "b": {"bits": 8}}}
+    most = {"matrices": {"a": {"bits": 8}, "b": {"bits": 8}, "c": {"bits": 4}}}
     for config, expected in (
-        ({"quantization_config": {"quant_method": "galley"}}, 4 * plain),
-        ({"quantization_config": {"quant_method": "compressed-tensors", "galley": {}}}, 4 * plain),
+        ({"quantization_config": {"quant_method": "galley", **made}}, 4 * plain),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "galley": made}}, 4 * plain),
+        (
+            {"quantization_config": {"quant_method": "galley", **most}},
+            served(eight).max_num_batched_tokens,
+        ),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, plain),
         ({}, plain),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
         values = read_by_vllm(server_arguments(GENERATE, tmp_path, "cpu"))
         assert values.max_num_batched_tokens == expected
+
+
+def test_without_a_compiler_nothing_is_made_longer(
+    served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = replace(GENERATE, quantization=ServingOptions(load={"method": "finequant"}))
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert served(quantized).max_num_batched_tokens == served(GENERATE).max_num_batched_tokens
 
 
 @pytest.mark.parametrize(
