@@ -26,7 +26,7 @@ def register() -> None:
         return
     vllm_compat.check_version()
     _register_models()
-    _register_kernels()
+    _register_for_cpu()
     _register_quantization()
     preloading.adopt()
     process = multiprocessing.current_process()
@@ -47,13 +47,14 @@ def _register_models() -> None:
     ModelRegistry.register_model(ARCHITECTURE, f"galley_plugins.embedding.nv_embed_model:{ARCHITECTURE}")
 
 
-def _register_kernels() -> None:
+def _register_for_cpu() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from galley_plugins import cpu_kernels
+        from galley_plugins import cpu_kernels, waiting
 
         cpu_kernels.register()
+        waiting.register()
 
 
 def _register_quantization() -> None:

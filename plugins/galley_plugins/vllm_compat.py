@@ -176,6 +176,13 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.forward", "attention of a layer"),
         ("vllm.forward_context", "get_forward_context", "what attention of a step needs"),
     ),
+    "waiting": (
+        (
+            "vllm.distributed.device_communicators.shm_broadcast",
+            "SpinCondition.wait",
+            "looks for a step less often on a CPU",
+        ),
+    ),
     "preloading": (
         ("vllm.v1.engine.utils", "get_mp_context", "starts the engine core"),
         ("vllm.v1.executor.multiproc_executor", "get_mp_context", "starts the workers"),

@@ -18,7 +18,7 @@ using galley::Matrix;
 using galley::Needs;
 
 constexpr int64_t GATHER = 16;  // rows whose attention one thread computes, at the most
-constexpr int64_t SLAB = 32;    // rows at a time: their activations stay in a core's cache
+constexpr int64_t SLAB = 48;    // rows at a time: their activations stay in a core's cache
 
 struct Linear {
     const Matrix* parts;

@@ -345,7 +345,7 @@ template <int BITS>
 inline void product(const Matrix& matrix, const Activations& from, int64_t rows, float* out, int64_t stride) {
     const int64_t panels = (matrix.outputs + PANEL - 1) / PANEL;
     constexpr int TOGETHER = 2;  // what registers hold
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(guided, 2) nowait  // cores may be shared with others, who slow one down
     for (int64_t panel = 0; panel < panels; panel += TOGETHER)
         (panels - panel < TOGETHER ? all_rows<BITS, 1> : all_rows<BITS, TOGETHER>)(matrix, panel, from, rows, out,
                                                                                   stride);
