@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from galley_plugins import vllm_compat
 from galley_plugins.embedding.methods import make_method
 from galley_plugins.options import PluginOptions
+from galley_plugins.speculation.handover import DraftTakingScheduler, hands_over, stop_asking
 from galley_plugins.step_share import StepShare
 
 if TYPE_CHECKING:
@@ -194,6 +195,11 @@ def make_scheduler(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
     else:
         from vllm.v1.core.sched.scheduler import Scheduler as Base
-    mixins = (EmbeddingScheduler,) if PluginOptions.from_vllm_config(vllm_config).pools else ()
+    mixins: list[type[Any]] = []
+    if PluginOptions.from_vllm_config(vllm_config).pools:
+        mixins.append(EmbeddingScheduler)
+    if hands_over(vllm_config):
+        stop_asking(vllm_config)
+        mixins.append(DraftTakingScheduler)
     scheduler_class = type("GalleyScheduler", (*mixins, Base), {})
     return scheduler_class(vllm_config, *args, **kwargs)

@@ -101,6 +101,13 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.v1.attention.backend", "CommonAttentionMetadata", "attention of tokens that it drafts"),
         ("vllm.forward_context", "set_forward_context", "runs the model outside of vLLM's own step"),
     ),
+    "speculation-handover": (
+        ("vllm.v1.engine.core", "EngineCore.post_step", "asks for drafts after each step"),
+        ("vllm.v1.executor.abstract", "Executor.take_draft_token_ids", "is not asked through processes"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output", "drafts come with a step"),
+        ("vllm.v1.core.sched.scheduler", "Scheduler.update_draft_token_ids", "takes them"),
+        ("vllm.v1.worker.gpu_worker", "Worker.sample_tokens", "puts them into the step's output"),
+    ),
     "speculation-tree": (
         ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.do_kv_cache_update", "stores again"),
         (

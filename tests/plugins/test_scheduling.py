@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,14 +16,17 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from galley_plugins.embedding.adapter import AdapterSettings, Base, save_adapter
 from galley_plugins.embedding.options import EmbeddingOptions
 from galley_plugins.options import PluginOptions
+from galley_plugins.speculation.handover import stop_asking, with_drafts
+from galley_plugins.speculation.options import SpeculationOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -330,3 +335,39 @@ def test_an_aborted_prompt_no_longer_makes_steps_large(model: ModelConfig) -> No
     whole.add_request(embedding("vector"))
     whole.finish_requests("vector", RequestStatus.FINISHED_ABORTED)
     assert first_chunks(whole, chat("chat")) == {"chat": (0, 32)}
+
+
+DRAFTING = PluginOptions(speculation=SpeculationOptions())
+
+
+def test_drafts_that_came_with_a_step_are_verified_in_the_next(model: ModelConfig) -> None:
+    drafting = scheduler(model, DRAFTING, drafts=4)
+    drafting.add_request(unlike("chat", 300, 20))
+    step = drafting.schedule()
+    output = ModelRunnerOutput(req_ids=["chat"], req_id_to_index={"chat": 0}, sampled_token_ids=[[7]])
+    runner = SimpleNamespace(take_draft_token_ids=lambda: DraftTokenIds(["chat", "gone"], [[8, 9], [1]]))
+    came = pickle.loads(pickle.dumps(with_drafts(output, runner)))  # as from another process
+    drafting.update_from_output(step, came)
+    step = drafting.schedule()
+    assert step.scheduled_spec_decode_tokens == {"chat": [8, 9]}
+    assert step.num_scheduled_tokens == {"chat": 3}
+    output.sampled_token_ids, output.galley_drafts = [[8, 5]], None  # one of the two held, and nothing new
+    drafting.update_from_output(step, output)
+    assert drafting.schedule().num_scheduled_tokens == {"chat": 1}
+
+
+def test_only_engines_whose_drafts_come_with_steps_are_not_asked(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = scheduler(model, DRAFTING, drafts=4).vllm_config
+    other = scheduler(model, PluginOptions(), drafts=4).vllm_config
+    kind: Any = Executor.get_class(ours)
+    asked = []
+    monkeypatch.setattr(kind, "take_draft_token_ids", asked.append)
+    stop_asking(ours)
+    stop_asking(ours)
+    for config in (ours, other):
+        executor = object.__new__(kind)
+        executor.vllm_config = config
+        executor.take_draft_token_ids()
+    assert [executor.vllm_config for executor in asked] == [other]

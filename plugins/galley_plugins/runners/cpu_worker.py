@@ -14,6 +14,7 @@ from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.report import ReportingWorker
 from galley_plugins.runners.seeds import with_seeded_chunks
+from galley_plugins.speculation.handover import hands_over, with_drafts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +28,7 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
     def init_device(self) -> None:
         vllm_compat.check("worker-cpu")
         options = PluginOptions.from_vllm_config(self.vllm_config)
+        self._hands_over = hands_over(self.vllm_config)
         with _runner_class(options, v2=self.use_v2_model_runner):
             super().init_device()
 
@@ -38,6 +40,10 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
 
             self._integer_layers = decoder.install(self.model_runner.model)
         return loaded
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        return with_drafts(output, self.model_runner) if self._hands_over else output
 
     def galley_report(self) -> dict[str, Any]:
         return {**super().galley_report(), "integer_layers": self._integer_layers}
