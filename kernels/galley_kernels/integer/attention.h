@@ -68,6 +68,7 @@ inline void attend(const Attention& over, const Number* cache, const int32_t* ta
         const int64_t last = std::min(first + CHUNK, keys);
         for (int64_t token = first; token < last; token += TOKENS) {
             const Number* turned = block_of(token) + token % over.block;
+            // Asked for on the way: the next keys, which are far apart, and the values that these scores will weigh.
             const int64_t next = token + TOKENS < keys ? token + TOKENS : token;
             const Number* ahead = block_of(next) + next % over.block;
             const Number* values = block_of(token) + (over.block + token % over.block) * head;

@@ -28,7 +28,8 @@ def hands_over(vllm_config: Any) -> bool:
 
 def with_drafts(output: Any, runner: Any) -> Any:
     """A step's output, in the worker, with what the runner drafted after it."""
-    setattr(output, FIELD, runner.take_draft_token_ids())
+    if output.req_ids:  # without any it may be vLLM's own empty output, which all steps share
+        setattr(output, FIELD, runner.take_draft_token_ids())
     return output
 
 
