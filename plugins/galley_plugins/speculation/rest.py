@@ -4,7 +4,7 @@ from __future__ import annotations
 
 LEAST_REQUESTS = 4  # below, one request's text decides, and may begin to repeat itself at any step
 AWAKE = 8  # steps that are judged together
-SHORTEST, LONGEST = 8, 64  # steps of a pause, doubled while looking does not pay in batches of that size
+SHORTEST, LONGEST = 8, 64  # steps of a pause, doubled while looking does not pay
 FEWER = 0.75  # a batch that has shrunk to this share ends a pause: drafts pay sooner
 
 
@@ -15,13 +15,13 @@ class Rest:
         self._looked = 0  # steps since the last judgement, and what they were worth
         self._worth = 0.0
         self._left = 0
-        self._lengths: dict[int, int] = {}  # of the next pause, by the batch's size in powers of two
+        self._length = SHORTEST
         self._requests = 0  # when the pause began
 
     def pausing(self, requests: int) -> bool:
         """Whether the step of so many requests runs as without speculation; counts it."""
         if self._left > 0 and requests <= FEWER * self._requests:
-            self._left = 0
+            self._left, self._length = 0, SHORTEST
         if self._left == 0:
             return False
         self._left -= 1
@@ -40,10 +40,9 @@ class Rest:
         self._worth += worth
         if self._looked < AWAKE:
             return
-        size = requests.bit_length()
         if self._worth > 0:
-            self._lengths[size] = SHORTEST
+            self._length = SHORTEST
         else:
-            self._left, self._requests = self._lengths.get(size, SHORTEST), requests
-            self._lengths[size] = min(2 * self._left, LONGEST)
+            self._left, self._requests = self._length, requests
+            self._length = min(2 * self._length, LONGEST)
         self._looked, self._worth = 0, 0.0

@@ -58,12 +58,5 @@ def test_a_batch_that_shrinks_ends_a_pause() -> None:
     assert not rest.pausing(8)
 
 
-def test_what_batches_of_one_size_have_shown_is_kept_while_others_run() -> None:
-    rest = Rest()
-    assert [pause_after(rest), pause_after(rest)] == [SHORTEST, 2 * SHORTEST]
-    assert pause_after(rest, requests=5) == SHORTEST
-    assert pause_after(rest) == 4 * SHORTEST
-
-
 def test_few_requests_are_never_left_alone() -> None:
     assert pause_after(Rest(), requests=LEAST_REQUESTS - 1) == 0
