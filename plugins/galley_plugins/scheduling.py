@@ -11,6 +11,8 @@
   other. With priorities (`--scheduling-policy priority`), these say who passes whom.
 - Where drafts are verified, vLLM pads a prompt with one token left to a draft's length. An embedding's row is
   its prompt's last, so its padding is taken off again.
+
+Beside that it takes drafts out of the step that they came with (`speculation.handover`).
 """
 
 from __future__ import annotations

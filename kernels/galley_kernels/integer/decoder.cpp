@@ -244,6 +244,7 @@ template <typename Number>
 void attend_all(const Decoder& decoder, const Step& step, const Attention& over, void* cache) {
     const int64_t width = (decoder.query_heads + 2 * decoder.key_heads) * decoder.head, head = decoder.head;
     const int64_t shared = decoder.query_heads / decoder.key_heads;
+    // Rows that are few are shared out among the threads; neighbours among many read the same keys.
     const int64_t gather = std::clamp(step.rows * decoder.key_heads / (4 * decoder.threads), int64_t{1}, GATHER);
     const Number* qkv = static_cast<const Number*>(step.qkv);
     Number* kept = static_cast<Number*>(cache);

@@ -28,7 +28,8 @@ PREFILL_TOKENS_PER_CORE = 24
 # Of packed weights beside integers, by their bits: they take a fourth of the time, and a third.
 INTEGER_PREFILL_TOKENS_PER_CORE = {4: 96, 8: 64}
 
-# A token's cost beside those of 4 bits, over what any step takes: on two cores 3.5 ms over 11.5.
+# A token's cost beside those of 4 bits, over what any step takes: on two cores 3.5 ms over 11.5,
+# measured before attention and products became quicker. A first guess: serving measures its own.
 INTEGER_TOKEN_COST = 0.3
 
 EMBED_TOKENS_PER_CORE = 96  # of a step in which only embeddings run; a chat may have to wait for one of them
