@@ -9,6 +9,7 @@ Workers look as before: their wait is short, and meanwhile their cores have noth
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import time
 from typing import Any
@@ -40,6 +41,7 @@ def register() -> None:
     if getattr(spin, "patient", False):
         return
 
+    @functools.wraps(spin)
     def wait(self: Any, timeout_ms: int | None = None) -> None:
         waited = time.monotonic() - self.last_read
         if waited <= self.busy_loop_s:

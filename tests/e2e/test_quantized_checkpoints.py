@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from galley_kernels import PackedMatrix
 from galley_kernels.integer.linear import exact
@@ -17,61 +17,14 @@ from galley_plugins.quantization.checkpoint import quantize_checkpoint
 from galley_plugins.quantization.layout import read_quantized
 from galley_plugins.quantization.plan import Plan
 from loadtest.perplexity import log_likelihoods, prompt_logprobs
-from loadtest.servers import FLOAT32, NAME, galley_worker
+from loadtest.servers import FLOAT32, galley_worker
+from tests.e2e.quantized import MIXED, TOKENS, answers_of, ask, dequantized
 from tests.e2e.texts import PROMPTS
 from tests.support.small_memory import MixReference, make_memory
-
-if TYPE_CHECKING:
-    from loadtest.servers import Server
 
 pytestmark = pytest.mark.engine
 
 OPTIONS = {**FLOAT32, "max-num-seqs": 8, "max-num-batched-tokens": 256}
-TOKENS = 24
-MIXED = [("*.layers.0.*", None), ("*.down_proj", {"bits": 8}), ("*.layers.3.mlp.down_proj", None)]
-
-
-def dequantized(folder: Path, shallow: str) -> Any:
-    """The model that the checkpoint stands for."""
-    model = AutoModelForCausalLM.from_pretrained(shallow, dtype=torch.float32)
-    state = model.state_dict()
-    for name, found in read_quantized(folder):
-        if isinstance(found, PackedMatrix):
-            state[f"{name}.weight"].copy_(found.dequantize())
-        elif name in state:
-            assert torch.equal(state[name], found.float())
-    return model
-
-
-@torch.inference_mode()
-def answers_of(model: Any, shallow: str) -> list[list[int]]:
-    """Greedy answers."""
-    tokenizer = AutoTokenizer.from_pretrained(shallow)
-    answers = []
-    for prompt in PROMPTS[:4]:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-        out = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        answers.append(out[0, ids.shape[1] :].tolist())
-    return answers
-
-
-def ask(server: Server, prompt: str, **fields: Any) -> list[int]:
-    body: dict[str, Any] = {
-        "model": NAME,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "max_tokens": TOKENS,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        **fields,
-    }
-    answer = server.client.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    ids: list[int] = answer.json()["choices"][0]["token_ids"]
-    return ids
 
 
 def test_weights_apart_and_mixed_bits(shallow: str, tmp_path: Path) -> None:

@@ -84,12 +84,14 @@ def test_a_process_of_the_engine_ends_with_the_one_that_started_it(tmp_path: Pat
     os.close(inner)
     core = 0
     try:
-        assert select.select([outer], [], [], 60)[0]
+        assert select.select([outer], [], [], 240)[0]  # two imports of vLLM
         core = int(os.read(outer, 100))
         (line,) = progress.read()
         assert (line["process"], line["pid"]) == ("EngineCore", core)
         server.kill()
-        assert select.select([outer], [], [], 60)[0], "the process outlived its parent"
+        assert select.select([outer], [], [], 240)[
+            0
+        ]  # two imports of vLLM, "the process outlived its parent"
         assert os.read(outer, 100) == b""
         core = 0
     finally:

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
@@ -14,6 +14,17 @@ if TYPE_CHECKING:
 
 RANK, ALPHA = 8, 16
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def add_lora(model: Any, folder: Path) -> Any:
+    """The model itself, with the adapter added to its weights."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, a in tensors.items():
+        if ".lora_A." in name:
+            b = tensors[name.replace(".lora_A.", ".lora_B.")]
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            model.get_submodule(module).weight.data += ALPHA / RANK * b @ a
+    return model
 
 
 def make_lora(folder: Path, model: Path, seed: int = 0) -> Any:

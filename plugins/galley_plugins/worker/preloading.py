@@ -1,9 +1,9 @@
 """Processes of an engine by fork from one that has imported everything: one import of vLLM in place of three.
 
 On a CPU vLLM spawns its engine core, which spawns its workers: fresh interpreters, each of which imports
-torch, transformers and vLLM before it does anything. Here a fork server imports them while the API server
-does, and both are forked from it, as `multiprocessing` forks them. What it imports must start no thread and
-not compute with OpenMP, since no thread survives a fork.
+torch, transformers and vLLM before it does anything. Here the API server imports for all of them, then forks
+a fork server, from which both are forked as `multiprocessing` forks them. What is imported must start no thread
+and not compute with OpenMP, since no thread survives a fork.
 
 Each process gets the environment and the cores of the one that starts it, as a spawned one would: vLLM binds
 the threads of a worker to cores through both, and the OpenMP runtime binds the fork server to one of them. It
@@ -12,9 +12,13 @@ ends with the fork server, and so with the API server.
 
 from __future__ import annotations
 
+import importlib
 import os
+import socket
 import sys
-from multiprocessing import context, forkserver, resource_tracker
+import threading
+from multiprocessing import connection, context, forkserver, resource_tracker
+from typing import Any
 
 from galley_plugins import vllm_compat
 from galley_plugins.processes import die_with
@@ -52,9 +56,38 @@ class PreloadedContext(context.ForkServerContext):
 
 
 def start() -> None:
-    """Start the fork server, which imports in the background; see `adopt` for what comes from it."""
-    forkserver.set_forkserver_preload([_PRELOADED])
-    forkserver.ensure_running()
+    """Import what processes of an engine import, then fork the fork server; see `adopt` for what comes from it.
+
+    Where an import has started a thread after all, there is none, and vLLM starts its processes itself.
+    """
+    importlib.import_module(_PRELOADED)
+    if threading.active_count() > 1:
+        return
+    resource_tracker.ensure_running()
+    server: Any = forkserver._forkserver
+    with socket.socket(socket.AF_UNIX) as listener:
+        address = connection.arbitrary_address("AF_UNIX")
+        listener.bind(address)
+        listener.listen()
+        alive, ours = os.pipe()  # the fork server ends when nobody has the second end any more
+        parent = os.getpid()
+        pid = os.fork()
+        if not pid:
+            try:
+                os.close(ours)
+                _serve(listener.fileno(), alive, parent)
+            finally:
+                os._exit(0)
+        os.close(alive)
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, ours, pid
+
+
+def _serve(listener: int, alive: int, parent: int) -> None:
+    from vllm.utils.system_utils import set_process_title
+
+    die_with(parent)  # the API server; what was forked from here goes with it
+    set_process_title("ForkServer")  # also where its processes will have theirs, which is found only once
+    forkserver.main(listener, alive, None)
 
 
 def forked() -> bool:
@@ -65,8 +98,7 @@ def forked() -> bool:
 def adopt() -> None:
     """In a process that has vLLM: have its further processes forked by our fork server, if there is one."""
     server = forkserver._forkserver
-    ours = _PRELOADED in sys.modules or _PRELOADED in server._preload_modules  # type: ignore[attr-defined]
-    if not ours or server._forkserver_address is None:  # type: ignore[attr-defined]
+    if _PRELOADED not in sys.modules or server._forkserver_address is None:  # type: ignore[attr-defined]
         return
     vllm_compat.check("preloading")
     from vllm.v1.engine import utils as engine

@@ -13,14 +13,14 @@ from galley_plugins.worker import preloading
 
 def main() -> None:
     vllm_compat.check_version()
-    if os.environ.get(preloading.VARIABLE) == "1":
-        preloading.start()
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    if os.environ.get(preloading.VARIABLE) == "1":
+        preloading.start()
     cli_env_setup()
     arguments = make_arg_parser(FlexibleArgumentParser(prog="galley worker")).parse_args()
     configure_logging_from_args(arguments)
