@@ -2,8 +2,8 @@
 
 On a CPU vLLM spawns its engine core, which spawns its workers: fresh interpreters, each of which imports
 torch, transformers and vLLM before it does anything. Here the API server imports for all of them, then forks
-a fork server, from which both are forked as `multiprocessing` forks them. What is imported must start no thread
-and not compute with OpenMP, since no thread survives a fork.
+a fork server, from which both are forked as `multiprocessing` forks them. What is imported must start no
+thread and not compute with OpenMP, since no thread survives a fork.
 
 Each process gets the environment and the cores of the one that starts it, as a spawned one would: vLLM binds
 the threads of a worker to cores through both, and the OpenMP runtime binds the fork server to one of them. It
@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import threading
-from multiprocessing import connection, context, forkserver, resource_tracker
+from multiprocessing import context, forkserver, resource_tracker, util
 from typing import Any
 
 from galley_plugins import vllm_compat
@@ -56,7 +56,7 @@ class PreloadedContext(context.ForkServerContext):
 
 
 def start() -> None:
-    """Import what processes of an engine import, then fork the fork server; see `adopt` for what comes from it.
+    """Import what processes of an engine import, then fork the server that forks them; see `adopt`.
 
     Where an import has started a thread after all, there is none, and vLLM starts its processes itself.
     """
@@ -66,7 +66,7 @@ def start() -> None:
     resource_tracker.ensure_running()
     server: Any = forkserver._forkserver
     with socket.socket(socket.AF_UNIX) as listener:
-        address = connection.arbitrary_address("AF_UNIX")
+        address = f"{util.get_temp_dir()}/forkserver"
         listener.bind(address)
         listener.listen()
         alive, ours = os.pipe()  # the fork server ends when nobody has the second end any more
@@ -87,7 +87,7 @@ def _serve(listener: int, alive: int, parent: int) -> None:
 
     die_with(parent)  # the API server; what was forked from here goes with it
     set_process_title("ForkServer")  # also where its processes will have theirs, which is found only once
-    forkserver.main(listener, alive, None)
+    forkserver.main(listener, alive, [])
 
 
 def forked() -> bool:
