@@ -5,6 +5,7 @@ from __future__ import annotations
 LEAST_REQUESTS = 4  # below, one request's text decides, and may begin to repeat itself at any step
 AWAKE = 8  # steps that are judged together
 SHORTEST, LONGEST = 8, 64  # steps of a pause, doubled while looking does not pay
+TOLERATED = 0.015  # share of all steps' time that may go into looking for nothing, as far as that is measured
 FEWER = 0.75  # a batch that has shrunk to this share ends a pause: drafts pay sooner
 
 
@@ -43,6 +44,7 @@ class Rest:
         if self._worth > 0:
             self._length = SHORTEST
         else:
-            self._left, self._requests = self._length, requests
-            self._length = min(2 * self._length, LONGEST)
+            lost = int(-self._worth / TOLERATED)  # steps over which what was lost is what may be
+            self._left, self._requests = min(max(self._length, lost), LONGEST), requests
+            self._length = min(2 * self._left, LONGEST)
         self._looked, self._worth = 0, 0.0

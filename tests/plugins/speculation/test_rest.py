@@ -3,11 +3,11 @@ from __future__ import annotations
 from galley_plugins.speculation.rest import AWAKE, LEAST_REQUESTS, LONGEST, SHORTEST, Rest
 
 
-def pause_after(rest: Rest, requests: int = 8) -> int:
+def pause_after(rest: Rest, requests: int = 8, lost: float = 0.01) -> int:
     """Steps of the pause that follows as many steps without a gain as it takes."""
     for _ in range(AWAKE):
         assert not rest.pausing(requests)
-        rest.looked(requests, -0.05)
+        rest.looked(requests, -lost)
     length = 0
     while rest.pausing(requests):
         length += 1
@@ -19,6 +19,12 @@ def test_pauses_grow_while_nothing_is_worth_drafting_and_have_a_bound() -> None:
     lengths = [pause_after(rest) for _ in range(6)]
     assert lengths[:3] == [SHORTEST, 2 * SHORTEST, 4 * SHORTEST]
     assert lengths[-1] == LONGEST
+
+
+def test_a_pause_is_as_long_as_makes_little_of_what_looking_took() -> None:
+    # Eight steps that lost 6 % each are 0.48 of a step; of 1.5 % of a step for each step, that is 32 of them.
+    assert pause_after(Rest(), lost=0.06) == 32
+    assert pause_after(Rest(), lost=0.5) == LONGEST
 
 
 def test_a_draft_that_brings_more_than_looking_took_puts_the_next_pause_off_and_makes_it_short() -> None:
