@@ -19,7 +19,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/galley/bin/pip install --no-deps --no-build-isolation --force-reinstall .
 
 FROM python:3.11-slim-bookworm
-# g++: torch.compile writes C++ and compiles it while the worker runs; only `compile: on` asks for it.
+# g++: kernels are built for the processor at hand when they are first used, and `compile: on` writes C++ of its own.
 # libnuma1: vLLM's CPU kernels are linked to it.
 # libtcmalloc-minimal4: the worker preloads this allocator, which many small tensors gain from.
 # hadolint ignore=DL3008

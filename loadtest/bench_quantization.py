@@ -13,8 +13,12 @@ Likelihood is of answers that the full weights give to Spec-Bench's prompts as c
 under `finequant+easyquant` as `galley quantize` writes it, alone and with `--target-bits`.
 
 Speed is tokens a second through servers (loadtest/quantization_speed.py), prompts of Spec-Bench, one chat
-after the other (b1) and eight at once (c8): vLLM in bfloat16, llama.cpp with the model's own Q4_1 file, and
-Galley with 4-bit weights by FineQuant, quantized while loading, without and with drafts.
+after the other (b1) and eight at once (c8): vLLM in bfloat16 (through torch.compile only where it is asked
+for), llama.cpp with the model's own Q4_1 file, and Galley with 4-bit weights by FineQuant, quantized while
+loading, without and with drafts. Where they are asked for, vLLM and Galley with plain weights in float32 too.
+
+Starts are seconds from the command to readiness of Galley's worker in bfloat16: without torch.compile, with
+it and an empty cache of compiled code, and with what that start left there, in turn.
 
 Figures:
     ppl_*              perplexity; fp is of the weights as they came, served is of Galley's 4-bit server over
@@ -25,8 +29,10 @@ Figures:
                        the processor's seconds, all cores together, here and elsewhere
     command_seconds_*  of `galley quantize`, medians; per_billion is for each billion of weights quantized
     likelihood_*       mean log-probability of a token of the answers, in nats; loss is how much lower int4 is
-    int4_speedup_*     Galley's 4-bit server over vLLM in bfloat16
+    int4_speedup_*     Galley's 4-bit server over vLLM in bfloat16; int4_over_compiled_* over vLLM's compiled
     over_llamacpp_*    the same with drafts, over llama.cpp
+    float32_*          Galley's float32 servers over vLLM's, and with drafts over without
+    start_seconds_*    medians; start_warm_over_eager is their ratio
 """
 
 from __future__ import annotations
@@ -48,6 +54,7 @@ from galley_plugins.quantization.comparison import load
 from galley_plugins.quantization.perplexity import windows
 from loadtest import likelihood, llmcompressor_peer, quantization_choices, quantize_seconds, turns
 from loadtest import quantization_speed as speed
+from loadtest import worker_starts as starts
 from loadtest.harness import Report, console
 from loadtest.llmcompressor_peer import PeerOptions
 from loadtest.peer_environments import PeerError
@@ -65,7 +72,8 @@ WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS, QUICK_WINDOW_TOKENS = 16, 1, 1024, 512
 SEQUENCES, SEQUENCE_TOKENS = 24, 512  # that GPTQ takes
 ANSWERS, ANSWER_TOKENS, INT4 = 60, 64, "finequant+easyquant"
 TARGETS: tuple[float | None, ...] = (None, 5.0, 5.5, 6.0)
-SECTIONS, QUICK_SECTIONS = ("perplexity", "seconds", "likelihood", "speed"), ("perplexity", "speed")
+SECTIONS = ("perplexity", "seconds", "likelihood", "speed", "starts")
+QUICK_SECTIONS = ("perplexity", "speed")
 NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (SPEC_BENCH,), "speed": (WIKITEXT, SPEC_BENCH)}
 PER_WAVE = {"b1": 3, "c8": 8}
 REPEATS, MAX_TOKENS, QUICK_MAX_TOKENS = 3, 64, 24
@@ -80,7 +88,9 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, help=f"of {WINDOW_TOKENS} tokens; default {WINDOWS}")
     parser.add_argument("--choices", help=f"comma-separated; default {','.join(CHOICES)}")
     parser.add_argument("--only", help=f"comma-separated sections; default {','.join(SECTIONS)}")
-    parser.add_argument("--servers", help=f"comma-separated; default {','.join(speed.SERVERS)}")
+    parser.add_argument(
+        "--servers", help=f"comma-separated, of {','.join(speed.EVERY)}; default {','.join(speed.SERVERS)}"
+    )
     parser.add_argument("--repeats", type=int, help=f"of loads and commands; default {REPEATS}")
     parser.add_argument("--quick", action="store_true", help="one short window, fewer choices, short chats")
     parser.add_argument("--record", help="how the file of results is called, after `bench_quantization.`")
@@ -89,7 +99,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     choices = QUICK_CHOICES if options.quick else tuple(CHOICES)
     for name, known, default in (
         ("only", SECTIONS, sections),
-        ("servers", speed.SERVERS, speed.SERVERS),
+        ("servers", speed.EVERY, speed.SERVERS),
         ("choices", CHOICES, choices),
     ):
         given = getattr(options, name)
@@ -228,11 +238,24 @@ def measure_speed(report: Report, options: argparse.Namespace) -> dict[str, Any]
     return figures | speed.figures_of(waves)
 
 
+def measure_starts(report: Report, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds to readiness, without torch.compile, and with it from an empty cache and from a full one."""
+    runs = []
+    for run in starts.measure(options.repeats):
+        runs.append(run)
+        console.print(
+            f"{run['start']}: ready after {run['seconds']} s, first answer {run['answer_seconds']} s later"
+        )
+    report.add("starts", {"settings": starts.SETTINGS, "runs": runs})
+    return starts.figures_of(runs)
+
+
 MEASURES = {
     "perplexity": measure_choices,
     "seconds": measure_seconds,
     "likelihood": measure_likelihood,
     "speed": measure_speed,
+    "starts": measure_starts,
 }
 
 

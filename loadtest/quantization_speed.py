@@ -26,14 +26,22 @@ SETTINGS: dict[str, Any] = {
 INT4 = {"method": "finequant"}
 HYBRID = {"method": "hybrid"}
 BASE, PEER, OURS, DRAFTING = "vllm_bf16", "llama_cpp", "galley_int4", "galley_int4_hybrid"
+COMPILED = "vllm_bf16_compiled"
+FLOAT_BASE, FLOAT, FLOAT_DRAFTING = "vllm_float32", "galley_float32", "galley_float32_hybrid"
 SERVERS = (BASE, PEER, OURS, DRAFTING)
+EVERY = (*SERVERS, COMPILED, FLOAT_BASE, FLOAT, FLOAT_DRAFTING)
 
 
 @contextlib.contextmanager
 def serving(name: str) -> Iterator[Server]:
     int4 = ("--quantization", json.dumps(INT4))
-    if name == BASE:
-        scope = plain_vllm({**SETTINGS, "dtype": "bfloat16"})
+    if name in (BASE, COMPILED):
+        scope = plain_vllm({**SETTINGS, "dtype": "bfloat16"}, compiled=name == COMPILED)
+    elif name == FLOAT_BASE:
+        scope = plain_vllm({**SETTINGS, "dtype": "float32"})
+    elif name in (FLOAT, FLOAT_DRAFTING):
+        drafts = ("--speculation", json.dumps(HYBRID)) if name == FLOAT_DRAFTING else ()
+        scope = galley_worker({**SETTINGS, "dtype": "float32"}, *drafts)
     elif name == PEER:
         scope = llama_server(gguf())
     elif name == OURS:
@@ -66,7 +74,12 @@ def figures_of(waves: Sequence[Wave]) -> dict[str, float]:
     ratios = {
         "int4_speedup": (OURS, BASE),
         "int4_hybrid_speedup": (DRAFTING, BASE),
+        "int4_over_compiled": (OURS, COMPILED),
         "int4_over_llamacpp": (OURS, PEER),
+        "float32_speedup": (FLOAT, FLOAT_BASE),
+        "float32_hybrid_speedup": (FLOAT_DRAFTING, FLOAT_BASE),
+        "float32_hybrid_over_none": (FLOAT_DRAFTING, FLOAT),
+        "int4_hybrid_over_none": (DRAFTING, OURS),
         "over_llamacpp": (DRAFTING, PEER),
     }
     for name, (ours, theirs) in ratios.items():

@@ -131,18 +131,29 @@ def galley_worker(
     return running(command, environment, port)
 
 
-def plain_vllm(engine: dict[str, Any], env: dict[str, str] | None = None, weights: str = MODEL) -> Any:
-    """vLLM's own server with the same model and settings and none of Galley's plugins."""
+def plain_vllm(
+    engine: dict[str, Any],
+    env: dict[str, str] | None = None,
+    weights: str = MODEL,
+    *,
+    compiled: bool = False,
+) -> Any:
+    """vLLM's own server with the same model and settings and none of Galley's plugins.
+
+    Args:
+        compiled: with torch.compile on a CPU, which it leaves out otherwise.
+    """
     import json
 
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve(weights))]
     command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     device = select("auto", probe())
-    command += ["--enforce-eager"] if device == "cpu" else []
+    command += ["--enforce-eager"] if device == "cpu" and not compiled else []
     for option, value in engine.items():
         command += [f"--{option}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    environment = {**worker_environment(device, os.environ), "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": ""}
+    environment = worker_environment(device, os.environ, compiled=compiled)
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": ""}
     return running(command, {**environment, **(env or {})}, port)
 
 

@@ -45,6 +45,14 @@ inline Lanes maximum(Lanes one, Lanes other) {
     return one;
 #endif
 }
+// one * other + more, rounded once where the processor can.
+inline Lanes fused(Lanes one, Lanes other, Lanes more) {
+#ifdef GALLEY_AVX2
+    return _mm256_fmadd_ps(one, other, more);
+#else
+    return one * other + more;
+#endif
+}
 inline Lanes all(float value) { return Lanes{value, value, value, value, value, value, value, value}; }
 
 // e to the power of x: 2 to a whole number times a polynomial of what is left (the coefficients of Cephes' expf).

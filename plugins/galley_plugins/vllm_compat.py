@@ -183,6 +183,13 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.forward", "attention of a layer"),
         ("vllm.forward_context", "get_forward_context", "what attention of a step needs"),
     ),
+    "few-rows": (
+        (
+            "vllm.model_executor.layers.utils",
+            "dispatch_cpu_unquantized_gemm",
+            "chooses how a layer multiplies, and packs its weights",
+        ),
+    ),
     "waiting": (
         (
             "vllm.distributed.device_communicators.shm_broadcast",

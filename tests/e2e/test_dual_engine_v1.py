@@ -74,7 +74,7 @@ def test_chats_equal_plain_vllm_while_embeddings_run_in_the_same_batches(
     with EmbeddingTraffic(engine) as traffic, ThreadPoolExecutor(4) as pool:
         chats = list(pool.map(lambda prompt: tokens_of(engine, prompt), PROMPTS))
     assert chats == plain_chats
-    assert len(traffic.answers) >= 8
+    assert len(traffic.answers) >= 4
     for text, vector in traffic.answers[:24]:
         assert reference.cosine(vector, reference.embed(text)) > 0.999
 

@@ -59,7 +59,7 @@ def test_vectors_equal_the_reference_alone_and_beside_chats_that_stay_the_same(
         "--embedding",
         json.dumps({"method": method, **options}),
         "--speculation",
-        '{"method": "hybrid"}',
+        '{"method": "recycling"}',
     )
     with galley_worker(OPTIONS, *flags) as server:
         alone = [server.embed(sentence)[0] for sentence in SENTENCES]

@@ -93,7 +93,7 @@ def test_greedy_answers_are_the_same(engine: Server, plain: dict[str, Any], widt
 
 def test_trees_were_verified(engine: Server) -> None:
     """Some of the answers above went through branches, and some branches won."""
-    assert engine.metric("galley_speculation_tree_steps_total") > 20
+    assert engine.metric("galley_speculation_tree_steps_total") > 5
     assert engine.metric("galley_speculation_branch_wins_total") > 0
 
 

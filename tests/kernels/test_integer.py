@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from galley_kernels import PackedMatrix, pack_codes
 from galley_kernels.bench import random_matrix, relative_error
-from galley_kernels.integer import DecoderLayer, IntegerDecoder, IntegerLinear, InterleavedMatrix, available
+from galley_kernels.integer import (
+    DecoderLayer,
+    FloatLinear,
+    IntegerDecoder,
+    IntegerLinear,
+    InterleavedMatrix,
+    available,
+)
+from galley_kernels.integer.interleaved import FloatMatrix
 from galley_kernels.integer.linear import exact, rounded
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
@@ -148,6 +156,51 @@ def test_what_does_not_suit_is_refused() -> None:
         IntegerLinear([first])(torch.ones(1, 32, dtype=torch.float16))
 
 
+MAGNITUDES = {"zeros": 0.0, "huge": 1e18, "tiny": 1e-40, "one": 1.0}
+EXACT = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # sums of float32; half a unit in the last place
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    inputs=st.integers(1, 90),
+    outputs=st.integers(1, 40),
+    kind=st.sampled_from(sorted(MAGNITUDES)),
+    seed=st.integers(0, 2**16),
+)
+def test_floating_weights_of_any_shape(
+    dtype: torch.dtype, kept: torch.dtype, rows: int, inputs: int, outputs: int, kind: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = (torch.randn(rows, inputs) * MAGNITUDES[kind]).to(dtype)
+    weights = torch.randn(outputs, inputs).to(kept).float()
+    linear = FloatLinear(weights)
+    found, expected = linear(x), x.double() @ weights.double().T
+    assert found.dtype == dtype
+    size = x.double().abs() @ weights.double().abs().T  # of what is added, which may cancel
+    assert bool(((found.double() - expected).abs() <= EXACT[dtype] * size + 1e-30).all())
+    assert torch.equal(found, torch.cat([linear(row) for row in x.split(1)]))
+    assert torch.equal(found, torch.cat([linear(some) for some in x.split(3)]))
+
+
+def test_weights_take_half_the_bytes_where_no_bit_is_lost() -> None:
+    weights = torch.randn(9, 32)
+    (whole,), (half,) = FloatLinear(weights).parts, FloatLinear(weights.bfloat16().float()).parts
+    assert isinstance(whole, FloatMatrix)
+    assert isinstance(half, FloatMatrix)
+    assert (whole.codes.dtype, half.codes.dtype) == (torch.float32, torch.bfloat16)
+    assert half.codes.shape == (2, 32, 8)  # filled up to two panels
+    bias = torch.randn(9)
+    linear = FloatLinear(weights)
+    linear.add_bias(bias)
+    x = torch.randn(2, 3, 32)
+    assert torch.allclose(linear(x), torch.nn.functional.linear(x, weights, bias), atol=1e-5)
+    with pytest.raises(ValueError, match=r"found weights torch.float64 \[9, 32\]"):
+        FloatLinear(weights.double())
+
+
 HIDDEN, INNER, QUERIES, KEYS, HEAD, ROTARY = 64, 160, 4, 2, 16, 8
 
 
@@ -175,6 +228,32 @@ def turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     pairs = torch.complex(heads[..., :half], heads[..., half:ROTARY])
     pairs = pairs * torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
     return torch.cat([pairs.real, pairs.imag, heads[..., ROTARY:]], -1)
+
+
+def test_a_decoder_of_floating_maps() -> None:
+    """Beside one of 8-bit weights with the same values, whose activations are rounded to 16 bits."""
+    torch.manual_seed(5)
+    integers, matrices = some_layer(8, 0.1)
+    floats = DecoderLayer(
+        integers.input_norm,
+        integers.attention_norm,
+        *(FloatLinear(each.dequantize()) for each in matrices.values()),
+    )
+    angles = torch.randn(100, ROTARY)
+    results = []
+    attention = torch.randn(5, QUERIES, HEAD)
+    for layer in (integers, floats):
+        decoder = IntegerDecoder(
+            [layer], torch.ones(HIDDEN), angles, query_heads=QUERIES, key_heads=KEYS, head=HEAD, epsilon=1e-5,
+            dtype=torch.float32,
+        )  # fmt: skip
+        torch.manual_seed(6)
+        step = decoder.begin(torch.arange(5), torch.randn(5, HIDDEN))
+        step.attention.copy_(attention)
+        decoder.follow(0, step)
+        results.append((step.qkv, step.result))
+    for one, other in zip(*results, strict=True):
+        assert relative_error(one, other.double()) < 2e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,6 +12,7 @@ from galley_plugins.quantization.options import QuantizationOptions
 from loadtest import bench_quantization as bench
 from loadtest import llmcompressor_peer, quantization_choices
 from loadtest import quantization_speed as speed
+from loadtest import worker_starts as starts
 from loadtest.llmcompressor_peer import PeerOptions, PeerResult
 from loadtest.turns import Wave
 
@@ -112,6 +113,7 @@ def test_ratios_compare_waves_of_the_same_prompts() -> None:
             (speed.PEER, 4.0 * slow),
             (speed.OURS, 5.0 * slow),
             (speed.DRAFTING, 2.0 * slow),
+            (speed.COMPILED, 8.0 * slow),
         )
     ]
     figures = speed.figures_of(waves)
@@ -119,5 +121,20 @@ def test_ratios_compare_waves_of_the_same_prompts() -> None:
     assert figures["int4_hybrid_speedup_b1"] == 5.0
     assert figures["over_llamacpp_c8"] == 2.0
     assert figures["int4_over_llamacpp_b1"] == 0.8
+    assert figures["int4_over_compiled_c8"] == 1.6
     assert figures["tokens_per_second_vllm_bf16_b1"] == 5.0
     assert "over_llamacpp_b1" not in speed.figures_of([wave for wave in waves if wave.server != speed.PEER])
+
+
+def test_starts_are_compared_within_a_repeat() -> None:
+    runs = [
+        {"start": name, "seconds": seconds * slow, "answer_seconds": 1.0, "repeat": repeat}
+        for repeat, slow in enumerate((1, 3, 2))
+        for name, seconds in ((starts.EAGER, 10.0), (starts.COLD, 40.0), (starts.WARM, 12.0))
+    ]
+    assert starts.figures_of(runs) == {
+        "start_seconds_eager": 20.0,
+        "start_seconds_cold": 80.0,
+        "start_seconds_warm": 24.0,
+        "start_warm_over_eager": 1.2,
+    }

@@ -6,10 +6,12 @@ Activations become integers by blocks of 32 inputs, each with its own scale: of 
 
 from galley_kernels.integer.decoder import DecoderLayer, IntegerDecoder, PagedCache, Requests, Step
 from galley_kernels.integer.interleaved import InterleavedMatrix, available
-from galley_kernels.integer.linear import IntegerLinear
+from galley_kernels.integer.linear import CompiledLinear, FloatLinear, IntegerLinear
 
 __all__ = [
+    "CompiledLinear",
     "DecoderLayer",
+    "FloatLinear",
     "IntegerDecoder",
     "IntegerLinear",
     "InterleavedMatrix",

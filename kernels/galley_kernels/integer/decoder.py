@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from galley_kernels.integer.interleaved import TYPES, library
-from galley_kernels.integer.linear import IntegerLinear, Linear
+from galley_kernels.integer.linear import CompiledLinear, Linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,10 +33,10 @@ class DecoderLayer:
 
     input_norm: torch.Tensor
     attention_norm: torch.Tensor
-    qkv: IntegerLinear
-    output: IntegerLinear
-    gate_up: IntegerLinear
-    down: IntegerLinear
+    qkv: CompiledLinear
+    output: CompiledLinear
+    gate_up: CompiledLinear
+    down: CompiledLinear
 
 
 class _Layer(ctypes.Structure):

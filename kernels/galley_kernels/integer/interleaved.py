@@ -125,6 +125,53 @@ class InterleavedMatrix:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FloatMatrix:
+    """Weights as they are, where float32's are none but bfloat16's in half the bytes.
+
+    Attributes:
+        codes: float32 or bfloat16 [panels, inputs, 8].
+        outputs, inputs: without what fills the last panel.
+    """
+
+    codes: torch.Tensor
+    outputs: int
+    inputs: int
+
+    @classmethod
+    def of(cls, weights: torch.Tensor) -> FloatMatrix:
+        """
+        Args:
+            weights: float32 or bfloat16 [output, input].
+
+        Raises:
+            ValueError: they are of another type.
+        """
+        if weights.dtype not in TYPES or weights.dim() != 2:
+            raise ValueError(
+                f"found weights {weights.dtype} {list(weights.shape)}, expected float32 or bfloat16 "
+                "[output, input]"
+            )
+        short = weights.to(torch.bfloat16)
+        if torch.equal(short.to(weights.dtype), weights):
+            weights = short
+        outputs, inputs = weights.shape
+        panels = -(-outputs // PANEL)
+        codes = torch.zeros(panels * PANEL, inputs, dtype=weights.dtype)
+        codes[:outputs] = weights
+        return cls(codes.view(panels, PANEL, inputs).transpose(1, 2).contiguous(), outputs, inputs)
+
+    def structure(self, first: int = 0) -> Matrix:
+        """As that of `InterleavedMatrix`."""
+        return Matrix(
+            codes=self.codes.data_ptr(),
+            first=first,
+            outputs=self.outputs,
+            inputs=self.inputs,
+            bits=8 * self.codes.element_size(),
+        )
+
+
 def _apart(outliers: SparseRows | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if outliers is None or not outliers.most:
         return None, None

@@ -1,4 +1,4 @@
-"""Linear maps whose weights and activations are integers."""
+"""Linear maps whose weights and activations are integers, or both floating."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from galley_kernels.integer.interleaved import BLOCK, TYPES, InterleavedMatrix, Matrix, library
+from galley_kernels.integer.interleaved import (
+    BLOCK,
+    TYPES,
+    FloatMatrix,
+    InterleavedMatrix,
+    Matrix,
+    library,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,21 +35,18 @@ class Linear(ctypes.Structure):
     ]
 
 
-class IntegerLinear:
+class CompiledLinear:
     """Matrices of the same inputs side by side, as a layer fuses them.
 
-    Args:
-        matrices: each [output, input]; bits and groups may differ.
-
     Raises:
-        ValueError: a matrix does not suit, or inputs differ.
+        ValueError: inputs differ.
     """
 
-    def __init__(self, matrices: Sequence[PackedMatrix]) -> None:
-        inputs = sorted({matrix.inputs for matrix in matrices})
+    def __init__(self, parts: Sequence[InterleavedMatrix | FloatMatrix]) -> None:
+        inputs = sorted({part.inputs for part in parts})
         if len(inputs) != 1:
             raise ValueError(f"found matrices of {inputs} inputs, expected the same for all")
-        self.parts = tuple(InterleavedMatrix.of(matrix) for matrix in matrices)
+        self.parts = tuple(parts)
         self.inputs = inputs[0]
         self.outputs = sum(part.outputs for part in self.parts)
         self.bias: torch.Tensor | None = None
@@ -85,6 +89,33 @@ class IntegerLinear:
             torch.get_num_threads(),
         )
         return out
+
+
+class IntegerLinear(CompiledLinear):
+    """
+    Args:
+        matrices: each [output, input]; bits and groups may differ.
+
+    Raises:
+        ValueError: a matrix does not suit, or inputs differ.
+    """
+
+    def __init__(self, matrices: Sequence[PackedMatrix]) -> None:
+        super().__init__([InterleavedMatrix.of(matrix) for matrix in matrices])
+
+
+class FloatLinear(CompiledLinear):
+    """A map with weights as they are, for few rows: none of what libraries do for many.
+
+    Args:
+        weights: float32 or bfloat16 [output, input].
+
+    Raises:
+        ValueError: they are of another type.
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__([FloatMatrix.of(weights)])
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:

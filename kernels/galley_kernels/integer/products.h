@@ -1,9 +1,9 @@
-// Products of 4- and 8-bit weights with activations that are integers too.
+// Products of 4- and 8-bit weights with activations that are integers too, and of floating ones as they are.
 //
-// Eight neighbouring outputs are a panel. Activations become integers by blocks of 32, each with a scale of its
-// own: 8 bits beside 4-bit weights, 16 bits beside 8-bit ones, so that a block's sum of products is exact. Sums of
-// blocks are floats, added in the order of the inputs however many rows there are: a row's result does not depend
-// on its neighbours. Layouts are those of interleaved.py.
+// Eight neighbouring outputs are a panel. Beside weights that are integers, activations become integers by blocks
+// of 32, each with a scale of its own: 8 bits beside 4-bit weights, 16 bits beside 8-bit ones, so that a block's
+// sum of products is exact. Sums of blocks are floats, added in the order of the inputs however many rows there
+// are: a row's result does not depend on its neighbours. Layouts are those of interleaved.py.
 
 #pragma once
 
@@ -17,6 +17,7 @@
 namespace galley {
 
 constexpr int64_t BLOCK = 32, PANEL = 8, TILE = 4;
+constexpr int64_t SUMMED = 64;  // products of floats, whose roundings add up
 
 inline float wide(const void* data, int is_float, int64_t at) {
     if (is_float) return static_cast<const float*>(data)[at];
@@ -32,9 +33,10 @@ struct Apart {
     float value;
 };
 
-// Outputs `first` and up of a map; `starts` is null where no weights are apart.
+// Outputs `first` and up of a map; `starts` is null where no weights are apart. Of 16 bits (bfloat16) or 32, codes
+// are the weights themselves, [panels][inputs][8].
 struct Matrix {
-    const uint8_t* codes;
+    const void* codes;
     const void* scales;     // [panels][groups][8]
     const int32_t* starts;  // [outputs + 1]
     const Apart* apart;
@@ -120,7 +122,8 @@ inline int32_t round_block(const float* x, float by, Integer* made) {
 // What is needed of a row, one of `rows`; blocks of zeros, or too small for a scale, become zeros.
 inline void round_row(const Activations& to, int64_t row, int64_t rows, int64_t inputs, Needs needs) {
     const float* x = to.x + row * inputs;
-    for (int64_t block = 0; block < inputs / BLOCK; ++block) {
+    const int64_t blocks = needs.bytes || needs.words ? inputs / BLOCK : 0;
+    for (int64_t block = 0; block < blocks; ++block) {
         const float most = largest(x + block * BLOCK);
         const int64_t at = row * (inputs / BLOCK) + block, from = row * inputs + block * BLOCK;
         const bool some = most > 1e-30f;
@@ -230,7 +233,7 @@ template <int BITS, int ROWS, int PANELS>
 inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
     const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
     const int64_t apart = PANEL * inputs * BITS / 8;
-    const uint8_t* codes = matrix.codes + panel * apart;
+    const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
     const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * blocks;
     __m256 total[PANELS][ROWS];
     for (int p = 0; p < PANELS; ++p)
@@ -270,7 +273,7 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
     const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
     for (int64_t place = 0; place < PANELS * ROWS * PANEL; ++place) {
         const int64_t from = panel + place / (ROWS * PANEL), r = row + place / PANEL % ROWS, out = place % PANEL;
-        const uint8_t* codes = matrix.codes + from * PANEL * inputs * BITS / 8;
+        const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + from * PANEL * inputs * BITS / 8;
         float total = 0;
         for (int64_t group = 0; group < groups; ++group) {
             float part = 0;
@@ -298,6 +301,41 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
 
 #endif
 
+// The same of floating weights: a row's products are added in the order of the inputs, and sums of 64 to each other.
+template <typename Weight, int ROWS, int PANELS>
+inline void floating_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
+    const int64_t inputs = matrix.inputs, apart = PANEL * inputs;
+    const Weight* weights = static_cast<const Weight*>(matrix.codes) + panel * apart;
+    const float* x = rows.x + row * inputs;
+    Lanes total[PANELS][ROWS];
+    for (int p = 0; p < PANELS; ++p)
+        for (int r = 0; r < ROWS; ++r) total[p][r] = all(0);
+    for (int64_t first = 0; first < inputs; first += SUMMED) {
+        const int64_t last = std::min(first + SUMMED, inputs);
+        Lanes part[PANELS][ROWS];
+        for (int p = 0; p < PANELS; ++p)
+            for (int r = 0; r < ROWS; ++r) part[p][r] = all(0);
+        for (int64_t i = first; i < last; ++i) {
+            Lanes some[PANELS];
+            for (int p = 0; p < PANELS; ++p) some[p] = lanes(weights + p * apart + i * PANEL);
+#ifdef GALLEY_AVX2
+            if (!row && !(i * PANEL * sizeof(Weight) % 64))  // rows to come need none of this from memory
+                for (int p = 0; p < PANELS; ++p)
+                    _mm_prefetch(reinterpret_cast<const char*>(weights + (PANELS + p) * apart + i * PANEL),
+                                 _MM_HINT_T1);
+#endif
+            for (int r = 0; r < ROWS; ++r) {
+                const Lanes one = all(x[r * inputs + i]);
+                for (int p = 0; p < PANELS; ++p) part[p][r] = fused(some[p], one, part[p][r]);
+            }
+        }
+        for (int p = 0; p < PANELS; ++p)
+            for (int r = 0; r < ROWS; ++r) total[p][r] += part[p][r];
+    }
+    for (int p = 0; p < PANELS; ++p)
+        for (int r = 0; r < ROWS; ++r) put(found + (p * ROWS + r) * PANEL, total[p][r]);
+}
+
 // What weights apart add to a panel, in the order of their inputs.
 template <int ROWS>
 inline void add_apart(const Matrix& matrix, int64_t first, int64_t count, const Activations& rows, int64_t row,
@@ -318,7 +356,12 @@ template <int BITS, int ROWS, int PANELS>
 inline void some_rows(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* out,
                       int64_t stride) {
     float found[PANELS * ROWS * PANEL];
-    panel_sums<BITS, ROWS, PANELS>(matrix, panel, rows, row, found);
+    if constexpr (BITS == 16)
+        floating_sums<uint16_t, ROWS, PANELS>(matrix, panel, rows, row, found);
+    else if constexpr (BITS == 32)
+        floating_sums<float, ROWS, PANELS>(matrix, panel, rows, row, found);
+    else
+        panel_sums<BITS, ROWS, PANELS>(matrix, panel, rows, row, found);
     for (int p = 0; p < PANELS; ++p) {
         const int64_t first = (panel + p) * PANEL, count = std::min(PANEL, matrix.outputs - first);
         float* own = found + p * ROWS * PANEL;
@@ -352,7 +395,11 @@ inline void product(const Matrix& matrix, const Activations& from, int64_t rows,
 }
 
 inline void product(const Matrix& matrix, const Activations& from, int64_t rows, float* out, int64_t stride) {
-    (matrix.bits == 4 ? product<4> : product<8>)(matrix, from, rows, out, stride);
+    auto made = matrix.bits == 4    ? product<4>
+                : matrix.bits == 8  ? product<8>
+                : matrix.bits == 16 ? product<16>
+                                    : product<32>;
+    made(matrix, from, rows, out, stride);
 }
 
 }  // namespace galley

@@ -1,10 +1,12 @@
-"""A model's packed layers run as one decoder of integer maps on a CPU, around vLLM's own attention.
+"""A model's layers run as one decoder of compiled maps on a CPU, around vLLM's own attention.
 
+Maps are of packed weights and integers, or of few rows and weights as they are (`galley_plugins.few_rows`).
 vLLM runs a layer as some twenty operations, each called from Python; with 4-bit weights, those calls take
-longer than the products. Here a whole pass is one call (`galley_kernels.integer`), on processors where vLLM
-keeps keys and values in the layout that it reads, for requests that attend to all before them. Elsewhere,
-and for drafts that branch, a layer is three: keys and values into the cache, vLLM's attention, and the rest.
-Steps that something looks into between layers run as vLLM runs them, but what enters an MLP is kept here too.
+longer than the products, and with others nearly as long. Here a whole pass is one call
+(`galley_kernels.integer`), on processors where vLLM keeps keys and values in the layout that it reads, for
+requests that attend to all before them. Elsewhere, and for drafts that branch, a layer is three: keys and
+values into the cache, vLLM's attention, and the rest. Steps that something looks into between layers run as
+vLLM runs them, but what enters an MLP is kept here too.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from galley_kernels.integer import DecoderLayer, IntegerDecoder, PagedCache, Requests
-from galley_plugins import vllm_compat
+from galley_kernels.integer import DecoderLayer, FloatLinear, IntegerDecoder, PagedCache, Requests
+from galley_plugins import few_rows, vllm_compat
 from galley_plugins.runners.layer_taps import MlpTap, looked_into
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def install(model: Any) -> int:
     if type(inner) is not LlamaModel or not all(_suits(layer) for layer in inner.layers):
         return 0
     inner.forward = DecoderForward(inner)
-    logger.info("%d layers run as integer maps", len(inner.layers))
+    logger.info("%d layers run as compiled maps", len(inner.layers))
     return len(inner.layers)
 
 
@@ -54,7 +56,7 @@ def _suits(layer: Any) -> bool:
     rope = attention.rotary_emb
     return (
         type(mlp) is LlamaMLP
-        and all(_integer(module) for module in _maps(layer))
+        and all(_compiled(module) for module in _maps(layer))
         and isinstance(rope, RotaryEmbedding)
         and type(rope).forward_cpu is RotaryEmbedding.forward_cpu
         and bool(rope.is_neox_style)
@@ -74,9 +76,9 @@ def _maps(layer: Any) -> tuple[Any, Any, Any, Any]:
     )
 
 
-def _integer(module: Any) -> Any:
-    """The layer's `IntegerLinear`, or None."""
-    return getattr(getattr(module, "quant_method", None), "integer", None)
+def _compiled(module: Any) -> Any:
+    """The layer's `CompiledLinear`, or None."""
+    return getattr(getattr(module, "quant_method", None), "integer", None) or few_rows.linear_of(module)
 
 
 class DecoderForward:
@@ -93,7 +95,7 @@ class DecoderForward:
                 DecoderLayer(
                     layer.input_layernorm.weight.data,
                     layer.post_attention_layernorm.weight.data,
-                    *(_integer(module) for module in _maps(layer)),
+                    *(_compiled(module) for module in _maps(layer)),
                 )
                 for layer in model.layers
             ],
@@ -109,7 +111,11 @@ class DecoderForward:
         self._names = [attention.layer_name for attention in self._attention]
         self._attends = self._decoder.attends and all(_plain(attention) for attention in self._attention)
         self._cache: PagedCache | None = None
+        maps = [module for layer in model.layers for module in _maps(layer)]
+        floating = any(isinstance(_compiled(module), FloatLinear) for module in maps)
+        self._most = few_rows.MOST if floating else None  # rows of a step
         self._watched = [module for layer in model.layers for module in (layer, layer.self_attn, layer.mlp)]
+        self._watched += maps
         self._taps = {
             place: hook
             for place, layer in enumerate(model.layers)
@@ -132,6 +138,7 @@ class DecoderForward:
             or not isinstance(context.slot_mapping, dict)
             or more
             or intermediate_tensors is not None
+            or (self._most is not None and len(positions) > self._most)
             or getattr(self._model, "aux_hidden_state_layers", None)
             or looked_into(self._watched, but=MlpTap)
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import vllm.v1.worker.cpu_worker as vllm_cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from galley_plugins import vllm_compat
+from galley_plugins import few_rows, vllm_compat
 from galley_plugins.options import PluginOptions
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.report import ReportingWorker
@@ -33,9 +34,13 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
             super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().load_model(*args, **kwargs)
-        # A connector of caches would have to be asked around each layer's attention.
-        if self.vllm_config.quant_config is not None and self.vllm_config.kv_transfer_config is None:
+        few = few_rows.wanted(self.vllm_config)
+        with few_rows.loading() if few else contextlib.nullcontext():
+            loaded = super().load_model(*args, **kwargs)
+        config = self.vllm_config
+        # Adapters add to each map's result; a connector of caches would have to be asked around attention.
+        left = config.lora_config is not None or config.kv_transfer_config is not None
+        if (few or config.quant_config is not None) and not left:
             from galley_plugins.quantization import decoder
 
             self._integer_layers = decoder.install(self.model_runner.model)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from galley_plugins.runners.layer_taps import LayerHook
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -78,7 +80,7 @@ class RowLora:
             else:
                 result.index_add_(0, rows, (args[0][rows] @ down) @ up)
 
-        return after
+        return LayerHook(after, lambda: self._rows is None)
 
 
 def _module(layer: Any, name: str) -> Any:

@@ -31,6 +31,7 @@ INTEGER_PREFILL_TOKENS_PER_CORE = {4: 96, 8: 64}
 # A token's cost beside those of 4 bits, over what any step takes: on two cores 3.5 ms over 11.5,
 # measured before attention and products became quicker. A first guess: serving measures its own.
 INTEGER_TOKEN_COST = 0.3
+FEW_ROWS_TOKEN_COST = 0.08  # the same beside `galley_plugins.few_rows`
 
 EMBED_TOKENS_PER_CORE = 96  # of a step in which only embeddings run; a chat may have to wait for one of them
 EMBED_ALONE_TOKENS_PER_CORE = (
@@ -64,11 +65,18 @@ REPEATED = {"middleware"}
 def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> list[str]:
     """Arguments of `vllm serve`, without the program's name and the word `serve`."""
     drafts = spec.speculation
-    if device == "cpu" and drafts is not None and _integer_bits(spec, model):
-        # A tree's attention leaves the compiled pass, which costs more than its branches bring.
-        tree = "off" if drafts.tree == "auto" else drafts.tree
-        cost = INTEGER_TOKEN_COST if drafts.token_cost is None else drafts.token_cost
-        spec = replace(spec, speculation=replace(drafts, tree=tree, token_cost=cost))
+    if device == "cpu" and drafts is not None:
+        cost = None
+        if _integer_bits(spec, model):
+            cost = INTEGER_TOKEN_COST
+            # A tree's attention leaves the compiled pass, which costs more than its branches bring.
+            drafts = replace(drafts, tree="off" if drafts.tree == "auto" else drafts.tree)
+        elif _float32(spec):
+            cost = FEW_ROWS_TOKEN_COST
+        spec = replace(
+            spec,
+            speculation=replace(drafts, token_cost=cost if drafts.token_cost is None else drafts.token_cost),
+        )
     options: dict[str, Any] = {
         "host": spec.host,
         "port": spec.port,
@@ -222,6 +230,12 @@ def _integer_bits(spec: WorkerSpec, model: Path | str) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a model of a hub, or one that is not quantized
     return 8 if 2 * bits.count(8) > len(bits) else 4
+
+
+def _float32(spec: WorkerSpec) -> bool:
+    """Whether the engine computes in it, eagerly, as `galley_plugins.few_rows` wants it."""
+    dtype = spec.engine.get("dtype") or engine_options(spec.weights, "cpu").get("dtype")
+    return dtype in ("float32", "float") and not spec.compiled and not spec.engine.get("enable-lora")
 
 
 def _render(options: dict[str, Any]) -> list[str]:

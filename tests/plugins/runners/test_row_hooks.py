@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from galley_plugins.runners.layer_taps import looked_into
 from galley_plugins.runners.row_attention import RowAttention
 from galley_plugins.runners.row_inputs import RowInputs
 from galley_plugins.runners.row_lora import RowLora, rows_of
@@ -133,3 +134,14 @@ def test_only_named_requests_lose_their_causal_mask_and_padding_keeps_it() -> No
     assert builder.build(0, Common(4, causal=False)) is False
     attention.begin([], 3, "cpu")
     assert builder.build(0, Common(4)) is True
+
+
+def test_layers_know_when_an_adapter_has_rows_in_a_step() -> None:
+    layer = decoder_layer()
+    adapter = attached(layer, lora())
+    maps = [layer.self_attn.qkv_proj, layer.mlp.down_proj]
+    assert not looked_into(maps)
+    adapter.begin(slice(0, 2))
+    assert looked_into(maps)
+    adapter.begin(None)
+    assert not looked_into(maps)

@@ -18,6 +18,7 @@ from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.worker import arguments
 from galley_plugins.worker.arguments import (
+    FEW_ROWS_TOKEN_COST,
     FREE_ROWS,
     INTEGER_TOKEN_COST,
     GiB,
@@ -237,13 +238,18 @@ def test_drafts_are_chains_where_weights_in_4_bits_meet_integers(
 
 
 @pytest.mark.parametrize(("cost", "expected"), [(None, INTEGER_TOKEN_COST), (0.2, 0.2)])
-def test_a_token_is_dearer_where_weights_in_4_bits_meet_integers_unless_a_user_said(
+def test_a_token_is_dearer_beside_compiled_passes_unless_a_user_said(
     cost: float | None, expected: float, served: Callable[..., Any]
 ) -> None:
     drafting = replace(BOTH, speculation=SpeculationOptions(token_cost=cost))
     quantized = replace(drafting, quantization=ServingOptions(load={"method": "finequant"}))
-    for spec, wanted in ((drafting, cost), (quantized, expected)):
-        speculation = options_of(served(spec, "cpu")).speculation
+    floating = FEW_ROWS_TOKEN_COST if cost is None else cost
+    for spec, dtype, wanted in (
+        (drafting, "bfloat16", cost),
+        (drafting, "float32", floating),
+        (quantized, "bfloat16", expected),
+    ):
+        speculation = options_of(served(spec, "cpu", dtype=dtype)).speculation
         assert speculation is not None
         assert speculation.token_cost == wanted
 
