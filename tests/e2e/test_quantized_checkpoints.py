@@ -80,7 +80,7 @@ def test_integer_activations_beside_drafts_and_embeddings(shallow: str, tmp_path
     flags = ("--embedding", '{"method": "token-prepending"}', "--speculation", '{"method": "hybrid"}')
     flags += ("--memory", json.dumps({"path": str(memory)}))
     with galley_worker(OPTIONS, *flags, weights=str(out)) as server:
-        assert server.client.get("/galley/status").json()["workers"][0]["integer_layers"] == 8
+        assert server.client.get("/galley/status").json()["workers"][0]["compiled_layers"] == 8
         ids = AutoTokenizer.from_pretrained(shallow)(" ".join(PROMPTS))["input_ids"][:192]
         found = torch.tensor(log_likelihoods(prompt_logprobs(server, ids), ids))
         rows = prompt_logprobs(server, ids, vllm_xargs={"memory_weight": 0.8})

@@ -55,7 +55,7 @@ def test_adapters_add_to_packed_weights_beside_rows_without(
         found = plain.result(), tuned.result()
         status = server.client.get("/galley/status").json()["workers"][0]
     assert found[0] != found[1]
-    assert status["integer_layers"] == 0
+    assert status["compiled_layers"] == 0
     if activations == "integer":
         return  # answers of their own; what adapters add is seen
     model = dequantized(out, shallow)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class GalleyCPUWorker(ReportingWorker, CPUWorker):
     """vLLM's CPU worker around a runner with Galley's mixins, V1 or V2."""
 
-    _integer_layers = 0
+    _compiled_layers = 0
 
     def init_device(self) -> None:
         vllm_compat.check("worker-cpu")
@@ -43,7 +43,7 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
         if (few or config.quant_config is not None) and not left:
             from galley_plugins.quantization import decoder
 
-            self._integer_layers = decoder.install(self.model_runner.model)
+            self._compiled_layers = decoder.install(self.model_runner.model)
         return loaded
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -51,7 +51,7 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
         return with_drafts(output, self.model_runner) if self._hands_over else output
 
     def galley_report(self) -> dict[str, Any]:
-        return {**super().galley_report(), "integer_layers": self._integer_layers}
+        return {**super().galley_report(), "compiled_layers": self._compiled_layers}
 
 
 @contextmanager
