@@ -34,7 +34,7 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
             super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        few = few_rows.wanted(self.vllm_config)
+        few = not self.use_v2_model_runner and few_rows.wanted(self.vllm_config)
         with few_rows.loading() if few else contextlib.nullcontext():
             loaded = super().load_model(*args, **kwargs)
         config = self.vllm_config
