@@ -16,9 +16,9 @@ using galley::Attention;
 using galley::BLOCK;
 using galley::Matrix;
 using galley::Needs;
+using galley::SLAB;
 
 constexpr int64_t GATHER = 16;  // rows whose attention one thread computes, at the most
-constexpr int64_t SLAB = 48;    // rows at a time: their activations stay in a core's cache
 
 struct Linear {
     const Matrix* parts;

@@ -11,12 +11,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../lanes.h"
 
 namespace galley {
 
 constexpr int64_t BLOCK = 32, PANEL = 8, TILE = 4;
+constexpr int64_t SLAB = 48;    // rows at a time, at most: their activations stay in a core's cache
+constexpr int64_t WIDEST = 6;   // rows of a tile, beside floating weights
 constexpr int64_t SUMMED = 64;  // products of floats, whose roundings add up
 
 inline float wide(const void* data, int is_float, int64_t at) {
@@ -172,9 +175,9 @@ inline __m256i add_products(__m256i sum, __m256i codes, __m256i bytes) {
 // A block's sums of products, as integers of 32 bits: of PANELS panels, whose codes are `apart` bytes apart.
 template <int BITS, int ROWS, int PANELS>
 inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
-                       int64_t from, __m256i (*sum)[ROWS]) {
+                       int64_t from, const int32_t* starts, int64_t blocks, __m256i (*sum)[ROWS]) {
     for (int r = 0; r < ROWS; ++r) {
-        const __m256i start = _mm256_set1_epi32(BITS == 4 ? rows.starts[((row + r) * inputs + from) / BLOCK] : 0);
+        const __m256i start = _mm256_set1_epi32(BITS == 4 ? starts[r * blocks] : 0);
         for (int p = 0; p < PANELS; ++p) sum[p][r] = start;
     }
     if (BITS == 4) {
@@ -197,10 +200,9 @@ inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& r
                     sum[p][r] = add_products(add_products(sum[p][r], one[p], left), two[p], right);
 #else
                     // All sixteen products and the start are at most 30480, which fits 16 bits.
-                    sum[p][r] = _mm256_add_epi16(sum[p][r], _mm256_maddubs_epi16(one[p], left));
-                    asm("" : "+x"(sum[p][r]));  // else products are added to each other first, which spills sums
-                    sum[p][r] = _mm256_add_epi16(sum[p][r], _mm256_maddubs_epi16(two[p], right));
-                    asm("" : "+x"(sum[p][r]));
+                    // Added so, else products are added to each other first, which spills sums.
+                    asm("vpaddw %1, %0, %0" : "+x"(sum[p][r]) : "x"(_mm256_maddubs_epi16(one[p], left)));
+                    asm("vpaddw %1, %0, %0" : "+x"(sum[p][r]) : "x"(_mm256_maddubs_epi16(two[p], right)));
 #endif
                 }
             }
@@ -235,6 +237,7 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
     const int64_t apart = PANEL * inputs * BITS / 8;
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
     const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * blocks;
+    const int32_t* starts = BITS == 4 ? rows.starts + row * blocks : nullptr;
     __m256 total[PANELS][ROWS];
     for (int p = 0; p < PANELS; ++p)
         for (int r = 0; r < ROWS; ++r) total[p][r] = _mm256_setzero_ps();
@@ -247,10 +250,10 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
                 for (int64_t line = 0; line < PANELS * PANEL * BLOCK * BITS / 8; line += 64)
                     _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * apart +
                                      block * PANELS * PANEL * BLOCK * BITS / 8 + line,
-                                 _MM_HINT_T1);
+                                 _MM_HINT_T0);
             __m256i sum[PANELS][ROWS];
             block_sums<BITS, ROWS, PANELS>(codes + block * PANEL * BLOCK * BITS / 8, apart, rows, row, inputs,
-                                           block * BLOCK, sum);
+                                           block * BLOCK, starts + block, blocks, sum);
             for (int r = 0; r < ROWS; ++r) {
                 const __m256 scale = _mm256_set1_ps(scales[r * blocks + block]);
                 for (int p = 0; p < PANELS; ++p)
@@ -301,39 +304,99 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
 
 #endif
 
-// The same of floating weights: a row's products are added in the order of the inputs, and sums of 64 to each other.
-template <typename Weight, int ROWS, int PANELS>
-inline void floating_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
-    const int64_t inputs = matrix.inputs, apart = PANEL * inputs;
-    const Weight* weights = static_cast<const Weight*>(matrix.codes) + panel * apart;
-    const float* x = rows.x + row * inputs;
-    Lanes total[PANELS][ROWS];
+// What the next panels need of memory, which a tile asks for at one input, `due`, and at each `every` after it.
+struct Ahead {
+    const char* weights;
+    int64_t apart, input, due, every;  // bytes from panel to panel and from input to input; inputs
+};
+
+// Floating weights: a row's products are added in the order of the inputs, and sums of 64 to each other. This adds
+// those of up to 64 inputs, `count`, to total [PANELS][..][8], whose panels are `rows` rows apart. If KEPT, the
+// weights are left as floats in `kept` [PANELS][64][8]. A line of the cache is LINE inputs of the weights in memory.
+template <typename Weight, int ROWS, int PANELS, bool KEPT, int LINE>
+inline void add_floats(const Weight* weights, int64_t apart, const float* x, int64_t inputs, int64_t count,
+                       float* total, int64_t rows, Ahead ahead, float* kept) {
+    Lanes part[PANELS][ROWS];
     for (int p = 0; p < PANELS; ++p)
-        for (int r = 0; r < ROWS; ++r) total[p][r] = all(0);
-    for (int64_t first = 0; first < inputs; first += SUMMED) {
-        const int64_t last = std::min(first + SUMMED, inputs);
-        Lanes part[PANELS][ROWS];
-        for (int p = 0; p < PANELS; ++p)
-            for (int r = 0; r < ROWS; ++r) part[p][r] = all(0);
-        for (int64_t i = first; i < last; ++i) {
-            Lanes some[PANELS];
-            for (int p = 0; p < PANELS; ++p) some[p] = lanes(weights + p * apart + i * PANEL);
-#ifdef GALLEY_AVX2
-            if (!row && !(i * PANEL * sizeof(Weight) % 64))  // rows to come need none of this from memory
-                for (int p = 0; p < PANELS; ++p)
-                    _mm_prefetch(reinterpret_cast<const char*>(weights + (PANELS + p) * apart + i * PANEL),
-                                 _MM_HINT_T1);
-#endif
-            for (int r = 0; r < ROWS; ++r) {
-                const Lanes one = all(x[r * inputs + i]);
-                for (int p = 0; p < PANELS; ++p) part[p][r] = fused(some[p], one, part[p][r]);
-            }
+        for (int r = 0; r < ROWS; ++r) part[p][r] = all(0);
+    const auto add = [&](int64_t i) {
+        Lanes some[PANELS];
+        for (int p = 0; p < PANELS; ++p) some[p] = lanes(weights + p * apart + i * PANEL);
+        if (KEPT)
+            for (int p = 0; p < PANELS; ++p) put(kept + (p * SUMMED + i) * PANEL, some[p]);
+        for (int r = 0; r < ROWS; ++r) {
+            const Lanes one = all(x[r * inputs + i]);
+            for (int p = 0; p < PANELS; ++p) part[p][r] = fused(some[p], one, part[p][r]);
         }
-        for (int p = 0; p < PANELS; ++p)
-            for (int r = 0; r < ROWS; ++r) total[p][r] += part[p][r];
+    };
+    int64_t i = 0;
+    for (; i + LINE <= count; i += LINE) {
+#ifdef GALLEY_AVX2
+        if (i == ahead.due) {
+            for (int p = 0; p < PANELS; ++p)
+                _mm_prefetch(ahead.weights + p * ahead.apart + i * ahead.input, _MM_HINT_T0);
+            ahead.due += ahead.every;
+        }
+#endif
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < LINE; ++k) add(i + k);
     }
+    for (; i < count; ++i) add(i);
     for (int p = 0; p < PANELS; ++p)
-        for (int r = 0; r < ROWS; ++r) put(found + (p * ROWS + r) * PANEL, total[p][r]);
+        for (int r = 0; r < ROWS; ++r) {
+            float* to = total + (p * rows + r) * PANEL;
+            put(to, lanes(to) + part[p][r]);
+        }
+}
+
+// The same for a tile of 1 to 6 rows.
+template <typename Weight, int PANELS, bool KEPT, int LINE>
+inline auto adding(int64_t rows) {
+    static constexpr decltype(&add_floats<Weight, 1, PANELS, KEPT, LINE>) by_rows[WIDEST] = {
+        add_floats<Weight, 1, PANELS, KEPT, LINE>, add_floats<Weight, 2, PANELS, KEPT, LINE>,
+        add_floats<Weight, 3, PANELS, KEPT, LINE>, add_floats<Weight, 4, PANELS, KEPT, LINE>,
+        add_floats<Weight, 5, PANELS, KEPT, LINE>, add_floats<Weight, 6, PANELS, KEPT, LINE>};
+    return by_rows[rows - 1];
+}
+
+// Rows are taken in tiles as even as can be, all of them over 64 inputs before the next 64. Of more than two tiles
+// the first keeps 16-bit weights as floats for the others, and each asks memory for a share of the next panels.
+template <typename Weight, int PANELS>
+inline void floating_rows(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, float* out,
+                          int64_t stride) {
+    const int64_t inputs = matrix.inputs, apart = PANEL * inputs, tiles = (rows + WIDEST - 1) / WIDEST;
+    const int64_t low = rows / tiles, higher = rows % tiles;  // tiles of one row more
+    const Weight* weights = static_cast<const Weight*>(matrix.codes) + panel * apart;
+    constexpr int64_t width = sizeof(Weight), line = 64 / (PANEL * width);
+    const bool kept = tiles > 2 && width == 2;
+    alignas(64) float floats[PANELS * SUMMED * PANEL], total[PANELS * SLAB * PANEL];
+    std::memset(total, 0, PANELS * rows * PANEL * sizeof(float));
+    for (int64_t first = 0; first < inputs; first += SUMMED) {
+        const int64_t count = std::min(SUMMED, inputs - first);
+        const Weight* chunk = weights + first * PANEL;
+        Ahead ahead{reinterpret_cast<const char*>(chunk + PANELS * apart), apart * width, PANEL * width, 0,
+                    tiles * line};
+        int64_t row = 0;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t some = low + (tile < higher);
+            const float* x = from.x + row * inputs + first;
+            float* to = total + row * PANEL;
+            if (tile && kept)
+                adding<float, PANELS, false, line>(some)(floats, SUMMED * PANEL, x, inputs, count, to, rows, ahead,
+                                                         nullptr);
+            else if (kept)
+                adding<Weight, PANELS, true, line>(some)(chunk, apart, x, inputs, count, to, rows, ahead, floats);
+            else
+                adding<Weight, PANELS, false, line>(some)(chunk, apart, x, inputs, count, to, rows, ahead, nullptr);
+            ahead.due += line;
+            row += some;
+        }
+    }
+    for (int p = 0; p < PANELS; ++p) {
+        const int64_t first = (panel + p) * PANEL, own = std::min(PANEL, matrix.outputs - first);
+        for (int64_t r = 0; r < rows; ++r)
+            std::memcpy(out + r * stride + matrix.first + first, total + (p * rows + r) * PANEL, own * sizeof(float));
+    }
 }
 
 // What weights apart add to a panel, in the order of their inputs.
@@ -356,12 +419,7 @@ template <int BITS, int ROWS, int PANELS>
 inline void some_rows(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* out,
                       int64_t stride) {
     float found[PANELS * ROWS * PANEL];
-    if constexpr (BITS == 16)
-        floating_sums<uint16_t, ROWS, PANELS>(matrix, panel, rows, row, found);
-    else if constexpr (BITS == 32)
-        floating_sums<float, ROWS, PANELS>(matrix, panel, rows, row, found);
-    else
-        panel_sums<BITS, ROWS, PANELS>(matrix, panel, rows, row, found);
+    panel_sums<BITS, ROWS, PANELS>(matrix, panel, rows, row, found);
     for (int p = 0; p < PANELS; ++p) {
         const int64_t first = (panel + p) * PANEL, count = std::min(PANEL, matrix.outputs - first);
         float* own = found + p * ROWS * PANEL;
@@ -374,12 +432,16 @@ inline void some_rows(const Matrix& matrix, int64_t panel, const Activations& ro
 template <int BITS, int PANELS>
 inline void all_rows(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, float* out,
                      int64_t stride) {
-    for (int64_t row = 0; row < rows; row += TILE) {
-        auto some = rows - row >= 4   ? some_rows<BITS, 4, PANELS>
-                    : rows - row == 3 ? some_rows<BITS, 3, PANELS>
-                    : rows - row == 2 ? some_rows<BITS, 2, PANELS>
-                                      : some_rows<BITS, 1, PANELS>;
-        some(matrix, panel, from, row, out, stride);
+    if constexpr (BITS > 8) {
+        floating_rows<std::conditional_t<BITS == 16, uint16_t, float>, PANELS>(matrix, panel, from, rows, out, stride);
+    } else {
+        for (int64_t row = 0; row < rows; row += TILE) {
+            auto some = rows - row >= 4   ? some_rows<BITS, 4, PANELS>
+                        : rows - row == 3 ? some_rows<BITS, 3, PANELS>
+                        : rows - row == 2 ? some_rows<BITS, 2, PANELS>
+                                          : some_rows<BITS, 1, PANELS>;
+            some(matrix, panel, from, row, out, stride);
+        }
     }
 }
 
