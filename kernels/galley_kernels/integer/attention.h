@@ -26,7 +26,9 @@ struct Attention {
     const int32_t* lengths;  // [requests]: tokens, those of this step included
     const int32_t* tables;   // [requests][table]: blocks
     const int64_t* slots;    // [rows]: where a row's key and value go
-    int64_t requests, table, block, block_stride, head_stride;
+    const int64_t* again;    // [repeats]: rows whose key and value go
+    const int64_t* others;   // to these slots too
+    int64_t repeats, requests, table, block, block_stride, head_stride;
     double scale;
 };
 

@@ -249,9 +249,11 @@ void attend_all(const Decoder& decoder, const Step& step, const Attention& over,
     const Number* qkv = static_cast<const Number*>(step.qkv);
     Number* kept = static_cast<Number*>(cache);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < step.rows; ++row)
-        galley::remember(over, kept, qkv + row * width, over.slots[row], decoder.query_heads, decoder.key_heads,
-                         head);
+    for (int64_t each = 0; each < step.rows + over.repeats; ++each) {
+        const int64_t more = each - step.rows, row = more < 0 ? each : over.again[more];
+        galley::remember(over, kept, qkv + row * width, more < 0 ? over.slots[row] : over.others[more],
+                         decoder.query_heads, decoder.key_heads, head);
+    }
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t key_head = 0; key_head < decoder.key_heads; ++key_head)
         for (int64_t first = 0; first < step.rows; first += gather) {

@@ -72,7 +72,9 @@ class _Step(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("caches", "starts", "lengths", "tables", "slots")),
-        *((name, ctypes.c_int64) for name in ("requests", "table", "block", "block_stride", "head_stride")),
+        *((name, ctypes.c_void_p) for name in ("again", "others")),
+        *((name, ctypes.c_int64) for name in ("repeats", "requests", "table", "block")),
+        *((name, ctypes.c_int64) for name in ("block_stride", "head_stride")),
         ("scale", ctypes.c_double),
     ]
 
@@ -113,26 +115,30 @@ class PagedCache:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Requests:
-    """Whose rows a step's are.
+    """Whose rows a step's are. A branch of a draft is a request of its own here.
 
     Attributes:
         starts: int32 [requests + 1]: where each request's rows start.
         lengths: int32 [requests]: its tokens, those of this step included.
         tables: int32 [requests, blocks]: its blocks of the cache.
         slots: int64 [rows]: where each row's key and value go.
+        again: int64 [repeats] each: rows, and to which slots their keys and values go too; None for none.
     """
 
     starts: torch.Tensor
     lengths: torch.Tensor
     tables: torch.Tensor
     slots: torch.Tensor
+    again: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fits(self) -> bool:
         """Whether types and strides are what the code reads."""
         return (
             all(each.dtype == torch.int32 for each in (self.starts, self.lengths, self.tables))
-            and self.slots.dtype == torch.int64
-            and all(each.is_contiguous() for each in (self.starts, self.lengths, self.slots))
+            and all(each.dtype == torch.int64 for each in (self.slots, *(self.again or ())))
+            and all(
+                each.is_contiguous() for each in (self.starts, self.lengths, self.slots, *(self.again or ()))
+            )
             and self.tables.stride(1) == 1
         )
 
@@ -289,12 +295,16 @@ class IntegerDecoder:
             )
         self._decoder.threads = torch.get_num_threads()
         step = Step(self, positions, embeddings)
+        again, others = requests.again or (None, None)
         over = _Attention(
             ctypes.addressof(cache.addresses),
             requests.starts.data_ptr(),
             requests.lengths.data_ptr(),
             requests.tables.data_ptr(),
             requests.slots.data_ptr(),
+            None if again is None else again.data_ptr(),
+            None if others is None else others.data_ptr(),
+            0 if again is None else len(again),
             len(requests.lengths),
             requests.tables.stride(0),
             cache.block,

@@ -4,7 +4,7 @@ Maps are of packed weights and integers, or of few rows and weights as they are 
 vLLM runs a layer as some twenty operations, each called from Python; with 4-bit weights, those calls take
 longer than the products, and with others nearly as long. Here a whole pass is one call
 (`galley_kernels.integer`), on processors where vLLM keeps keys and values in the layout that it reads, for
-requests that attend to all before them. Elsewhere, and for drafts that branch, a layer is three: keys and
+requests that attend to all before them, drafts that branch included. Elsewhere a layer is three: keys and
 values into the cache, vLLM's attention, and the rest. Steps that something looks into between layers run as
 vLLM runs them, but what enters an MLP is kept here too.
 """
@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAtte
 from galley_kernels.integer import DecoderLayer, FloatLinear, IntegerDecoder, PagedCache, Requests
 from galley_plugins import few_rows, vllm_compat
 from galley_plugins.runners.layer_taps import MlpTap, looked_into
+from galley_plugins.speculation.tree_attention import TreeAttentionMetadata
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,11 +163,11 @@ class DecoderForward:
     def _plain_requests(
         self, metadata: dict[str, Any], slots: dict[str, torch.Tensor], rows: int
     ) -> Requests | None:
-        """Whose the rows are, where all layers attend causally to all that came before; None elsewhere."""
+        """Whose the rows and branches are, where all layers attend causally to all before; None elsewhere."""
         names = self._names
         first, slot = metadata[names[0]], slots.get(names[0])
         if (
-            type(first) is not CPUAttentionMetadata
+            type(first) not in (CPUAttentionMetadata, TreeAttentionMetadata)
             or first.causal is not True
             or first.dynamic_causal is not None
             or first.num_actual_tokens != rows
@@ -177,7 +178,10 @@ class DecoderForward:
             return None
         if self._cache is None:
             self._cache = self._paged_cache()
-        requests = Requests(first.query_start_loc, first.seq_lens, first.block_table, slot)
+        again = None
+        if isinstance(first, TreeAttentionMetadata) and first.extra_slots is not None:
+            again = first.extra_tokens, first.extra_slots
+        requests = Requests(first.query_start_loc, first.seq_lens, first.block_table, slot, again)
         return requests if requests.fits() else None
 
     def _paged_cache(self) -> PagedCache | None:

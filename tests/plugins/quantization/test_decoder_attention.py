@@ -158,6 +158,38 @@ def test_a_request_does_not_depend_on_those_beside_it_nor_on_what_lies_behind_it
         assert torch.equal(found, together[rows])
 
 
+def test_a_branch_sees_its_ancestors_and_not_the_other_branch() -> None:
+    """Rows 0 to 2 go on from the text; row 3 follows row 0, in a block of its own that begins as a copy."""
+    decoder, past = decoder_of(torch.float32), 70
+    own, private = 5, 9
+    x, caches = torch.randn(4, HIDDEN), new_caches(torch.float32)
+    positions = torch.tensor([past, past + 1, past + 2, past + 1])
+    table = [3, own]
+    as_chain = [cache.clone() for cache in caches]
+    for cache in caches:
+        cache[private] = cache[own]
+    place = past % BLOCK
+    slots = [own * BLOCK + place + step for step in range(3)] + [private * BLOCK + place + 1]
+    requests = Requests(
+        torch.tensor([0, 3, 4], dtype=torch.int32),
+        torch.tensor([past + 3, past + 2], dtype=torch.int32),
+        torch.tensor([table, [3, private]], dtype=torch.int32),
+        torch.tensor(slots),
+        (torch.tensor([0]), torch.tensor([private * BLOCK + place])),
+    )
+    found = decoder.run(positions, x, PagedCache(caches, HEAD, HEAD**-0.5), requests)
+    for rows in ([0, 1, 2], [0, 3]):
+        chain = Requests(
+            torch.tensor([0, len(rows)], dtype=torch.int32),
+            torch.tensor([past + len(rows)], dtype=torch.int32),
+            torch.tensor([table], dtype=torch.int32),
+            torch.tensor([own * BLOCK + place + step for step in range(len(rows))]),
+        )
+        kept = PagedCache([cache.clone() for cache in as_chain], HEAD, HEAD**-0.5)
+        expected = decoder.run(positions[rows], x[rows], kept, chain)
+        assert torch.equal(found[rows], expected)
+
+
 def test_caches_of_another_shape_are_refused() -> None:
     caches = new_caches(torch.float32)
     with pytest.raises(ValueError, match="which does not fit"):
