@@ -28,7 +28,16 @@ from loadtest.harness import RESULTS, Report, commit, console
 from loadtest.specbench import Prompt, data_path, in_turn, load_prompts, stretch
 from loadtest.speculation_cells import Cell, Work, block_size_of, wake, warm, wave
 from loadtest.speculation_figures import figures_of, markdown
-from loadtest.speculation_servers import BASE, METHODS, OURS, WARM, serving, settings_of, speculation_of
+from loadtest.speculation_servers import (
+    BASE,
+    METHODS,
+    OURS,
+    OWN_BASE,
+    WARM,
+    serving,
+    settings_of,
+    speculation_of,
+)
 from loadtest.suffix_peer import PeerError, suffix_peer_path
 
 if TYPE_CHECKING:
@@ -141,7 +150,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.repeats = options.repeats or (1 if quick else 3)
     options.max_tokens = options.max_tokens or (QUICK_TOKENS if quick else 128)
     methods = options.methods.split(",") if options.methods else (QUICK_METHODS if quick else METHODS)
-    unknown = [name for name in methods if name != BASE and speculation_of(name) is None]
+    unknown = [name for name in methods if name not in (BASE, OWN_BASE) and speculation_of(name) is None]
     if unknown:
         parser.error(f"--methods: found {', '.join(unknown)}, expected some of {', '.join(METHODS)}")
     options.methods = list(dict.fromkeys((BASE, *methods)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loadtest.specbench import TASKS
 from loadtest.speculation_cells import OWN
-from loadtest.speculation_servers import BASE, METHODS, OURS, PEERS, WARM
+from loadtest.speculation_servers import BASE, METHODS, OURS, OWN_BASE, PEERS, WARM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -137,6 +137,7 @@ def figures_of(cells: Sequence[Cell]) -> dict[str, Any]:
     peers = {batch: best_peer(rates, batch) for batch in batches}
     known = [gain for gain in gains.values() if gain is not None]
     by_task = ratios(rates, OURS, BASE, 1)
+    over_own = {batch: speedup(rates, OURS, OWN_BASE, batch) for batch in batches}
     warmed = {batch: speedup(rates, OURS + WARM, BASE, batch) for batch in batches}
     return {
         "identical": not any(differing.values()),
@@ -153,6 +154,7 @@ def figures_of(cells: Sequence[Cell]) -> dict[str, Any]:
             f"over_best_peer_b{batch}": _round(speedup(rates, OURS, peer, batch)) if peer else None
             for batch, peer in peers.items()
         },
+        **{f"over_own_none_b{batch}": _round(gain) for batch, gain in over_own.items() if gain is not None},
         "worst_speedup": _round(min(known, default=None)),
         "worst_task_speedup_b1": _round(min(by_task.values(), default=None)),
         "speedup_b1_by_task": {task: _round(by_task[task]) for task in tasks if task in by_task},
