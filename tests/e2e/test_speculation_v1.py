@@ -85,7 +85,7 @@ def engine(shallow: str) -> Iterator[Server]:
 @pytest.mark.parametrize("width", [1, 8])
 def test_greedy_answers_are_the_same(engine: Server, plain: dict[str, Any], width: int) -> None:
     before = engine.metric("galley_speculation_accepted_tokens_total")
-    count = 60 if width > 1 else 6
+    count = 60 if width > 1 else 15
     found = together(engine, spec_prompts(60)[:count], width, max_tokens=TOKENS)
     assert found == plain["prompts"][:count]
     assert engine.metric("galley_speculation_accepted_tokens_total") > before + count * TOKENS // 10
@@ -93,7 +93,7 @@ def test_greedy_answers_are_the_same(engine: Server, plain: dict[str, Any], widt
 
 def test_trees_were_verified(engine: Server) -> None:
     """Some of the answers above went through branches, and some branches won."""
-    assert engine.metric("galley_speculation_tree_steps_total") > 5
+    assert engine.metric("galley_speculation_tree_steps_total") > 20
     assert engine.metric("galley_speculation_branch_wins_total") > 0
 
 

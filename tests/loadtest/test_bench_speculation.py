@@ -243,6 +243,13 @@ def test_figures_are_those_of_hybrid() -> None:
     json.dumps(figures)
 
 
+def test_hybrid_is_compared_with_galleys_own_steps_where_they_were_measured() -> None:
+    cells = [cell("none", 8, {"qa": 10}), cell("hybrid", 8, {"qa": 21})]
+    assert "over_own_none_b8" not in speculation_figures.figures_of(cells)
+    figures = speculation_figures.figures_of([*cells, cell("galley-none", 8, {"qa": 20})])
+    assert (figures["over_own_none_b8"], figures["speedup_b8"]) == (1.05, 2.1)
+
+
 def test_figures_of_other_methods_leave_hybrids_open() -> None:
     figures = speculation_figures.figures_of([cell("none", 4, {"qa": 10}), cell("trigram", 4, {"qa": 20})])
     assert figures["speedup_by_method"] == {"trigram": {"4": 2.0}}

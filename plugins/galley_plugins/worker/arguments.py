@@ -69,7 +69,7 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         cost = None
         if _integer_bits(spec, model):
             cost = INTEGER_TOKEN_COST
-            # A tree's attention leaves the compiled pass, which costs more than its branches bring.
+            # Planning branches takes of such short steps what they bring.
             drafts = replace(drafts, tree="off" if drafts.tree == "auto" else drafts.tree)
         elif _float32(spec):
             cost = FEW_ROWS_TOKEN_COST
