@@ -47,7 +47,7 @@ _IDLE_SECONDS = 0.02  # a longer pause between two steps is not the steps' own
 
 
 class PassiveProposer:
-    """What vLLM's `custom_class` makes. The runner drafts itself: vLLM wants `propose`, but never calls it."""
+    """What vLLM's `custom_class` makes, which must have `propose`; the runner drafts itself in its place."""
 
     def __init__(self, vllm_config: Any) -> None:
         pass
