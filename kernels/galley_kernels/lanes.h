@@ -36,6 +36,13 @@ inline Lanes lanes(const uint16_t* from) {
     return made;
 #endif
 }
+// What is read once and multiplied several times: else compilers read it each time, which takes as long.
+inline Lanes once(Lanes value) {
+#ifdef GALLEY_AVX2
+    asm("" : "+x"(value));
+#endif
+    return value;
+}
 inline void put(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
 inline Lanes maximum(Lanes one, Lanes other) {
 #ifdef GALLEY_AVX2

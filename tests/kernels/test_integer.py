@@ -120,6 +120,16 @@ def test_a_row_does_not_depend_on_its_neighbours(bits: int) -> None:
     assert torch.equal(together, torch.cat([linear(some) for some in x.split(3)]))
 
 
+def test_results_may_be_wider_than_activations() -> None:
+    x = torch.randn(5, 192).bfloat16()
+    linear = IntegerLinear([random_matrix(192, 50, 4, 64, torch.bfloat16, "cpu", 0.02)])
+    wide = linear(x, torch.float32)
+    assert torch.equal(wide, linear(x.float()))
+    assert torch.equal(wide.bfloat16(), linear(x))
+    with pytest.raises(ValueError, match=r"found torch\.float16 for the result"):
+        linear(x, torch.float16)
+
+
 def test_matrices_side_by_side_are_one_map() -> None:
     torch.manual_seed(2)
     parts = [

@@ -17,7 +17,8 @@
 namespace galley {
 
 constexpr int64_t TOKENS = 32, CHUNK = 512;
-constexpr int QUERIES = 3;  // at once: what registers hold
+constexpr int QUERIES = 3;   // at once: what registers hold
+constexpr int TOGETHER = 48;  // that take the same keys one after the other
 
 // Where keys and values are, and whose they are; a request's rows are its last tokens.
 struct Attention {
@@ -47,86 +48,124 @@ inline void remember(const Attention& over, Number* cache, const Number* row, in
     }
 }
 
-// Up to three queries [head] of one key head, each over its first `limits` keys; floats [head] each.
+// A request's keys and values, of one head.
+template <typename Number>
+struct Past {
+    const Attention& over;
+    const Number* cache;
+    const int32_t* table;
+    int64_t head, tokens;
+
+    const Number* block(int64_t token) const { return cache + table[token / over.block] * over.block_stride; }
+    const Number* keys(int64_t token) const { return block(token) + token % over.block; }
+    const Number* values(int64_t token) const { return block(token) + (over.block + token % over.block) * head; }
+};
+
+// Up to three queries, scaled, and what they have found so far.
+struct Some {
+    int count;
+    const float* queries;  // [count][head]
+    const int64_t* limits;
+    float *most, *total;
+    float* const* results;
+};
+
+// Their sums go on over keys `first` to `last`; if ASKING, the cache is asked for what comes next.
+template <bool ASKING, typename Number>
+inline void take(const Past<Number>& past, const Some& some, int64_t first, int64_t last) {
+    constexpr int64_t LINE = 64 / sizeof(Number), LINES = TOKENS / LINE;  // of the processor's cache
+    const int64_t head = past.head, stride = past.over.block;
+    alignas(32) float scores[QUERIES][CHUNK];
+    const float* query[QUERIES];
+    for (int q = 0; q < QUERIES; ++q) query[q] = some.queries + std::min(q, some.count - 1) * head;
+    for (int64_t token = first; token < last; token += TOKENS) {
+        const Number* keys = past.keys(token);
+        // The next keys, which are far apart, and the values that these scores will weigh.
+        const Number* ahead = past.keys(token + TOKENS < past.tokens ? token + TOKENS : token);
+        const Number* values = past.values(token);
+        Lanes sum[QUERIES][4] = {};
+        for (int64_t d = 0; d < head; ++d) {
+            if (ASKING)
+                for (int64_t line = 0; line < LINES; ++line) {
+                    __builtin_prefetch(ahead + d * stride + line * LINE, 0, 3);
+                    __builtin_prefetch(values + (d * LINES + line) * LINE, 0, 2);
+                }
+            for (int v = 0; v < 4; ++v) {
+                const Lanes key = once(lanes(keys + d * stride + 8 * v));
+                for (int q = 0; q < QUERIES; ++q) sum[q][v] += all(query[q][d]) * key;
+            }
+        }
+        for (int q = 0; q < QUERIES; ++q)
+            for (int v = 0; v < 4; ++v) put(scores[q] + token - first + 8 * v, sum[q][v]);
+    }
+    float old[QUERIES];
+    for (int q = 0; q < some.count; ++q) {
+        const int64_t own = std::min(std::max(some.limits[q] - first, int64_t{0}), last - first);
+        const int64_t width = (last - first + TOKENS - 1) / TOKENS * TOKENS;
+        Lanes larger = all(some.most[q]);
+        for (int64_t t = own; t < (own + 7) / 8 * 8; ++t) scores[q][t] = -std::numeric_limits<float>::infinity();
+        for (int64_t t = 0; t < own; t += 8) larger = maximum(larger, lanes(scores[q] + t));
+        float highest = larger[0];
+        for (int i = 1; i < 8; ++i) highest = std::max(highest, larger[i]);
+        old[q] = std::exp(some.most[q] - highest);
+        some.most[q] = highest;
+        Lanes sums{};
+        for (int64_t t = 0; t < width; t += 8) {
+            Lanes made{};
+            if (t < own) {
+                made = exponential(lanes(scores[q] + t) - highest);
+                for (int64_t i = own - t; i < 8; ++i) made[i] = 0;
+            }
+            put(scores[q] + t, made);
+            sums += made;
+        }
+        float more = 0;
+        for (int i = 0; i < 8; ++i) more += sums[i];
+        some.total[q] = some.total[q] * old[q] + more;
+    }
+    for (int64_t d = 0; d < head; d += 32) {
+        Lanes sum[QUERIES][4];
+        for (int q = 0; q < QUERIES; ++q)
+            for (int v = 0; v < 4; ++v)
+                sum[q][v] = q < some.count ? lanes(some.results[q] + d + 8 * v) * old[q] : Lanes{};
+        for (int64_t token = first; token < last; token += TOKENS) {
+            const Number* values = past.values(token) + d;
+            const int64_t count = std::min(TOKENS, last - token);
+            for (int64_t t = 0; t < count; ++t)
+                for (int v = 0; v < 4; ++v) {
+                    const Lanes value = once(lanes(values + t * head + 8 * v));
+                    for (int q = 0; q < QUERIES; ++q) sum[q][v] += all(scores[q][token - first + t]) * value;
+                }
+        }
+        for (int q = 0; q < some.count; ++q)
+            for (int v = 0; v < 4; ++v) put(some.results[q] + d + 8 * v, sum[q][v]);
+    }
+}
+
+// Queries of one request and one key head, `count` of them, each over its first `limits` keys; floats [head] each.
+// All of them take a chunk of the keys before the next chunk, which then lies in the core's cache.
 template <typename Number>
 inline void attend(const Attention& over, const Number* cache, const int32_t* table, int64_t head, int count,
                    const Number* const* queries, const int64_t* limits, float* const* results) {
-    alignas(32) float scores[QUERIES][CHUNK], query[QUERIES][512];
-    float most[QUERIES], total[QUERIES];
-    int64_t keys = 0;
-    for (int q = 0; q < QUERIES; ++q) {
-        const int own = std::min(q, count - 1);
+    alignas(32) float scaled[TOGETHER * 512];
+    float most[TOGETHER], total[TOGETHER];
+    for (int q = 0; q < count; ++q) {
         for (int64_t d = 0; d < head; d += 8)
-            put(query[q] + d, lanes(queries[own] + d) * static_cast<float>(over.scale));
-        keys = std::max(keys, limits[own]);
+            put(scaled + q * head + d, lanes(queries[q] + d) * static_cast<float>(over.scale));
+        std::memset(results[q], 0, head * sizeof(float));
         most[q] = -std::numeric_limits<float>::infinity();
         total[q] = 0;
-        if (q < count) std::memset(results[q], 0, head * sizeof(float));
     }
-    const auto block_of = [&](int64_t token) {
-        return cache + table[token / over.block] * over.block_stride;
-    };
+    const int64_t keys = *std::max_element(limits, limits + count);
+    const Past<Number> past{over, cache, table, head, keys};
     for (int64_t first = 0; first < keys; first += CHUNK) {
-        const int64_t last = std::min(first + CHUNK, keys);
-        for (int64_t token = first; token < last; token += TOKENS) {
-            const Number* turned = block_of(token) + token % over.block;
-            // Asked for on the way: the next keys, which are far apart, and the values that these scores will weigh.
-            const int64_t next = token + TOKENS < keys ? token + TOKENS : token;
-            const Number* ahead = block_of(next) + next % over.block;
-            const Number* values = block_of(token) + (over.block + token % over.block) * head;
-            Lanes sum[QUERIES][4] = {};
-            for (int64_t d = 0; d < head; ++d) {
-                __builtin_prefetch(ahead + d * over.block, 0, 3);
-                __builtin_prefetch(values + d * TOKENS, 0, 2);
-                for (int v = 0; v < 4; ++v) {
-                    const Lanes key = lanes(turned + d * over.block + 8 * v);
-                    for (int q = 0; q < QUERIES; ++q) sum[q][v] += all(query[q][d]) * key;
-                }
-            }
-            for (int q = 0; q < QUERIES; ++q)
-                for (int v = 0; v < 4; ++v) put(scores[q] + token - first + 8 * v, sum[q][v]);
-        }
-        float old[QUERIES];
-        for (int q = 0; q < count; ++q) {
-            const int64_t own = std::min(std::max(limits[q] - first, int64_t{0}), last - first);
-            const int64_t width = (last - first + TOKENS - 1) / TOKENS * TOKENS;
-            Lanes larger = all(most[q]);
-            for (int64_t t = own; t < (own + 7) / 8 * 8; ++t) scores[q][t] = -std::numeric_limits<float>::infinity();
-            for (int64_t t = 0; t < own; t += 8) larger = maximum(larger, lanes(scores[q] + t));
-            float highest = larger[0];
-            for (int i = 1; i < 8; ++i) highest = std::max(highest, larger[i]);
-            old[q] = std::exp(most[q] - highest);
-            most[q] = highest;
-            Lanes sums{};
-            for (int64_t t = 0; t < width; t += 8) {
-                Lanes made{};
-                if (t < own) {
-                    made = exponential(lanes(scores[q] + t) - highest);
-                    for (int64_t i = own - t; i < 8; ++i) made[i] = 0;
-                }
-                put(scores[q] + t, made);
-                sums += made;
-            }
-            float more = 0;
-            for (int i = 0; i < 8; ++i) more += sums[i];
-            total[q] = total[q] * old[q] + more;
-        }
-        for (int64_t d = 0; d < head; d += 32) {
-            Lanes sum[QUERIES][4];
-            for (int q = 0; q < QUERIES; ++q)
-                for (int v = 0; v < 4; ++v)
-                    sum[q][v] = q < count ? lanes(results[q] + d + 8 * v) * old[q] : Lanes{};
-            for (int64_t token = first; token < last; token += TOKENS) {
-                const Number* values = block_of(token) + (over.block + token % over.block) * head + d;
-                const int64_t some = std::min(TOKENS, last - token);
-                for (int64_t t = 0; t < some; ++t)
-                    for (int v = 0; v < 4; ++v) {
-                        const Lanes value = lanes(values + t * head + 8 * v);
-                        for (int q = 0; q < QUERIES; ++q) sum[q][v] += all(scores[q][token - first + t]) * value;
-                    }
-            }
-            for (int q = 0; q < count; ++q)
-                for (int v = 0; v < 4; ++v) put(results[q] + d + 8 * v, sum[q][v]);
+        bool asked = false;
+        for (int q = 0; q < count; q += QUERIES) {
+            const Some some{std::min(QUERIES, count - q), scaled + q * head, limits + q, most + q, total + q, results + q};
+            const int64_t last = std::min(first + CHUNK, *std::max_element(limits + q, limits + q + some.count));
+            if (last <= first) continue;
+            asked ? take<false>(past, some, first, last) : take<true>(past, some, first, last);
+            asked = true;
         }
     }
     for (int q = 0; q < count; ++q)

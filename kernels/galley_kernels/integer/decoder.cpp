@@ -257,11 +257,11 @@ void attend_all(const Decoder& decoder, const Step& step, const Attention& over,
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t key_head = 0; key_head < decoder.key_heads; ++key_head)
         for (int64_t first = 0; first < step.rows; first += gather) {
-            float made[galley::QUERIES][512];
-            const Number* queries[galley::QUERIES];
-            int64_t limits[galley::QUERIES], places[galley::QUERIES];
-            float* results[galley::QUERIES];
-            for (int q = 0; q < galley::QUERIES; ++q) results[q] = made[q];
+            float made[galley::TOGETHER * 512];
+            const Number* queries[galley::TOGETHER];
+            int64_t limits[galley::TOGETHER], places[galley::TOGETHER];
+            float* results[galley::TOGETHER];
+            for (int q = 0; q < galley::TOGETHER; ++q) results[q] = made + q * head;
             const int64_t last = std::min(first + gather, step.rows);
             int64_t request = std::upper_bound(over.starts, over.starts + over.requests + 1, first) - over.starts - 1;
             int count = 0;
@@ -270,7 +270,7 @@ void attend_all(const Decoder& decoder, const Step& step, const Attention& over,
                 galley::attend(over, kept + key_head * over.head_stride, over.tables + request * over.table, head,
                                count, queries, limits, results);
                 for (int q = 0; q < count; ++q)
-                    write(const_cast<void*>(step.attention), decoder.is_float, places[q], made[q], head);
+                    write(const_cast<void*>(step.attention), decoder.is_float, places[q], results[q], head);
                 count = 0;
             };
             for (int64_t row = first; row < last; ++row) {
@@ -282,7 +282,7 @@ void attend_all(const Decoder& decoder, const Step& step, const Attention& over,
                     queries[count] = qkv + row * width + each * head;
                     limits[count] = over.lengths[request] - over.starts[request + 1] + row + 1;
                     places[count] = (row * decoder.query_heads + each) * head;
-                    if (++count == galley::QUERIES) flush();
+                    if (++count == galley::TOGETHER) flush();
                 }
             }
             flush();
@@ -332,7 +332,8 @@ void galley_decoder_run(const Decoder* decoder, const Layer* layers, int64_t cou
 }
 
 // float32 or bfloat16 out [rows][outputs] of x [rows][inputs].
-void galley_integer_linear(const Linear* map, const void* x, void* out, int64_t rows, int is_float, int threads) {
+void galley_integer_linear(const Linear* map, const void* x, void* out, int64_t rows, int from_float, int to_float,
+                           int threads) {
     static thread_local Scratch::Input scratch;
     static thread_local std::vector<float> made;
     scratch.fit(map->inputs);
@@ -346,14 +347,14 @@ void galley_integer_linear(const Linear* map, const void* x, void* out, int64_t 
         const int64_t some = std::min(SLAB, rows - first);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < some; ++row) {
-            read(x, is_float, (first + row) * inputs, from.x + row * inputs, inputs);
+            read(x, from_float, (first + row) * inputs, from.x + row * inputs, inputs);
             galley::round_row(from, row, some, inputs, needs);
         }
         product(*map, from, some, to);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < some; ++row) {
             if (map->bias) add(to + row * outputs, map->bias, outputs);
-            write(out, is_float, (first + row) * outputs, to + row * outputs, outputs);
+            write(out, to_float, (first + row) * outputs, to + row * outputs, outputs);
         }
     }
 }

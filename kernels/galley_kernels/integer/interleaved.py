@@ -36,7 +36,7 @@ def library() -> Any:
     found = compiler.load(folder / "decoder.cpp", *headers)
     if found is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        found.galley_integer_linear.argtypes = [pointer, pointer, pointer, ctypes.c_int64, number, number]
+        found.galley_integer_linear.argtypes = [pointer] * 3 + [ctypes.c_int64] + [number] * 3
         found.galley_decoder_begin.argtypes = [pointer] * 3
         found.galley_decoder_follow.argtypes = [pointer] * 4
         found.galley_decoder_run.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]

@@ -65,27 +65,34 @@ class CompiledLinear:
         self.bias = bias.detach().float().contiguous()
         self.structure.bias = self.bias.data_ptr()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., output] in the activations' type, of float32 or bfloat16 [..., input].
+    def __call__(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[..., output] of float32 or bfloat16 [..., input].
 
         A row's result does not depend on the rows beside it.
 
+        Args:
+            dtype: of the result, float32 or bfloat16; None for the activations'.
+
         Raises:
-            ValueError: activations are of another type or width.
+            ValueError: activations are of another type or width, or the result is to be of another type.
         """
         if x.dtype not in TYPES or x.shape[-1] != self.inputs:
             raise ValueError(
                 f"found activations {x.dtype} {list(x.shape)}, expected float32 or bfloat16 "
                 f"[..., {self.inputs}]"
             )
+        made = x.dtype if dtype is None else dtype
+        if made not in TYPES:
+            raise ValueError(f"found {made} for the result, expected float32 or bfloat16")
         x = x.contiguous()
-        out = torch.empty(*x.shape[:-1], self.outputs, dtype=x.dtype)
+        out = torch.empty(*x.shape[:-1], self.outputs, dtype=made)
         library().galley_integer_linear(
             self._address,
             x.data_ptr(),
             out.data_ptr(),
             x.numel() // self.inputs,
             x.dtype == torch.float32,
+            made == torch.float32,
             torch.get_num_threads(),
         )
         return out

@@ -321,7 +321,7 @@ inline void add_floats(const Weight* weights, int64_t apart, const float* x, int
         for (int r = 0; r < ROWS; ++r) part[p][r] = all(0);
     const auto add = [&](int64_t i) {
         Lanes some[PANELS];
-        for (int p = 0; p < PANELS; ++p) some[p] = lanes(weights + p * apart + i * PANEL);
+        for (int p = 0; p < PANELS; ++p) some[p] = once(lanes(weights + p * apart + i * PANEL));
         if (KEPT)
             for (int p = 0; p < PANELS; ++p) put(kept + (p * SUMMED + i) * PANEL, some[p]);
         for (int r = 0; r < ROWS; ++r) {

@@ -365,7 +365,8 @@ class OutputLayerMethod(UnquantizedEmbeddingMethod):
     ) -> torch.Tensor:
         if self.integer is None:
             return super().apply(layer, x, bias)
-        out = self.integer(x)
+        # In bfloat16 a small model's best tokens tie, and whoever reads the list first decides.
+        out = self.integer(x, torch.float32)
         return out if bias is None else out + bias
 
 
