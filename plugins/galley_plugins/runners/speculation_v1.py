@@ -23,7 +23,13 @@ import torch
 from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
 from galley_plugins.speculation import verification
-from galley_plugins.speculation.branches import BranchPlan, add_request, copies_back, private_blocks
+from galley_plugins.speculation.branches import (
+    BranchPlan,
+    add_request,
+    copies_back,
+    first_run,
+    private_blocks,
+)
 from galley_plugins.speculation.drafting import Ask, Draft, Opening, Seen, Timing
 from galley_plugins.speculation.lifecycle import DrafterFiles
 from galley_plugins.speculation.requests import drafting_limit, scope_of, standing_alone
@@ -185,23 +191,27 @@ class SpeculationV1:
         stop = 0
         for request, count in enumerate(scheduled):
             start, stop = stop, stop + int(count)
+            tree = trees.get(request)
             add_request(
-                plan, request, start, stop, trees.get(request), int(computed[request]),
+                plan, request, start, stop, None if tree is None else tree.tolist(), int(computed[request]),
                 blocks[request], free, table.block_size,
             )  # fmt: skip
+        positions, slots = self.positions.numpy(), table.slot_mapping.gpu.numpy()
         for index, position in plan.positions:
-            self.positions[index] = position
-        slots = table.slot_mapping.gpu
+            positions[index] = position
         for index, slot in plan.slots:
             slots[index] = slot
         ends = np.cumsum(scheduled)
         for index in plan.orphans:
             request = int(np.searchsorted(ends, index, side="right"))
             self._rows.parents[self._rows.starts[request + 1] - (int(ends[request]) - index)] = -2
-        if plan.copies:
-            sources, targets = (torch.tensor(column) for column in zip(*plan.copies, strict=True))
-            self._arena[:, targets] = self._arena[:, sources]
+        self._copy_blocks(plan.copies)
         return plan
+
+    def _copy_blocks(self: Any, pairs: list[tuple[int, int]]) -> None:
+        """Of all layers, one after the other: (from, to). Targets are none of the sources."""
+        for source, target in pairs:  # few: gathering and scattering all at once takes three times as long
+            self._arena[:, target].copy_(self._arena[:, source])
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         metadata, common = super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
@@ -277,9 +287,7 @@ class SpeculationV1:
             wins += bool(back)
             pairs += back
         self.speculation_stats.add("branch_wins", wins)
-        if pairs:
-            sources, targets = (torch.tensor(column) for column in zip(*pairs, strict=True))
-            self._arena[:, targets] = self._arena[:, sources]
+        self._copy_blocks(pairs)
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         return True  # each request's draft is cut to its own room
@@ -294,38 +302,39 @@ class SpeculationV1:
         if self._pausing:  # texts that go on unseen are taken up again by `_open`
             self._step_ended = started
             return [[] for _ in request_ids]
-        lengths = np.array(batch.num_tokens_no_spec[: len(request_ids)], np.int32)  # the new tokens included
-        gained = np.array([len(tokens) for tokens in sampled_token_ids], np.int32)
-        speaking = np.flatnonzero(gained)
+        texts = batch.token_ids_cpu
+        lengths = batch.num_tokens_no_spec[: len(request_ids)].tolist()  # the new tokens included
+        gained = [len(tokens) for tokens in sampled_token_ids]
+        speaking = [row for row, count in enumerate(gained) if count]
         for row in speaking:
-            self._open(request_ids[row], batch.token_ids_cpu[row, : lengths[row] - gained[row]])
-        if len(speaking):
-            self.galley_drafter.observe(self._seen(speaking, gained, lengths))
+            self._open(request_ids[row], texts[row, : lengths[row] - gained[row]])
+        drafter = self.galley_drafter
+        if speaking:
+            drafter.observe(self._seen(speaking, gained, lengths))
         asks: list[Ask] = []
         trees = self._trees and len(speaking) <= TREE_REQUESTS
         for row in speaking:
-            request_id = request_ids[row]
+            request_id, length = request_ids[row], lengths[row]
             number = self._numbers[request_id]
-            self.galley_drafter.extend(
-                number, batch.token_ids_cpu[row, lengths[row] - gained[row] : lengths[row]]
-            )
-            self._text_lengths[request_id] = int(lengths[row])
-            asks.append(self._ask(request_id, number, int(lengths[row]), tree=trees))
+            drafter.extend(number, texts[row, length - gained[row] : length])
+            self._text_lengths[request_id] = length
+            asks.append(self._ask(request_id, number, length, tree=trees))
         self._time_step(len(speaking), started)
         drafts: list[list[int]] = [[] for _ in request_ids]
         room = len(self._scratch)
         proposing = time.perf_counter()
-        proposed = self.galley_drafter.propose(asks) if asks else []
+        proposed = drafter.propose(asks) if asks else []
         self._propose_seconds = time.perf_counter() - proposing
         if self._rest is not None and asks:
-            self._rest.looked(len(asks), self.galley_drafter.worth)
+            self._rest.looked(len(asks), drafter.worth)
         for row, draft in zip(speaking, proposed, strict=True):
-            draft = draft.depth_first()
             if not draft.is_chain:
-                computed = int(lengths[row]) - 1
-                needed = private_blocks(draft.parents, computed, batch.block_table[0].block_size)
+                draft = draft.depth_first()
+                computed = lengths[row] - 1
+                needed = private_blocks(draft.parents.tolist(), computed, batch.block_table[0].block_size)
                 if needed > room:
-                    draft = _first_run(draft)
+                    length = first_run(draft.parents.tolist())
+                    draft = Draft(draft.tokens[:length], draft.parents[:length])
                 else:
                     room -= needed
             self._drafts[request_ids[row]] = draft
@@ -352,23 +361,20 @@ class SpeculationV1:
         self.galley_drafter.begin(number, opening)
         self._text_lengths[request_id] = len(text)
 
-    def _seen(self: Any, speaking: np.ndarray, gained: np.ndarray, lengths: np.ndarray) -> Seen:
-        rows = self._rows
-        contexts = verification.contexts_of(
-            self.input_batch.token_ids_cpu, lengths - gained, rows.starts, rows.tokens, rows.parents
-        )
-        accepted = np.full(len(rows.tokens), -1, np.int32)
-        taken = self._verified.rows >= 0
-        accepted[self._verified.rows[taken]] = self._verified.tokens[taken]
-        numbers = np.full(len(rows.tokens), -1, np.int32)
-        for row in speaking:
-            request_id = self.input_batch.req_ids[row]
-            numbers[rows.starts[row] : rows.starts[row + 1]] = self._numbers[request_id]
+    def _seen(self: Any, speaking: list[int], gained: list[int], lengths: list[int]) -> Seen:
+        rows, verified = self._rows, self._verified
+        numbers = np.full(rows.requests, -1, np.int32)
+        numbers[speaking] = [self._numbers[self.input_batch.req_ids[row]] for row in speaking]
+        before = np.array(lengths, np.int32) - np.array(gained, np.int32)
+        requests, contexts, accepted = verification.shown(
+            self.input_batch.token_ids_cpu, before, numbers, rows.starts, rows.tokens, rows.parents,
+            verified.tokens, verified.rows,
+        )  # fmt: skip
         tokens, probabilities = self._tops
         if len(speaking) == rows.requests:
-            return Seen(numbers, contexts, tokens, probabilities, accepted)
-        kept = numbers >= 0
-        return Seen(numbers[kept], contexts[kept], tokens[kept], probabilities[kept], accepted[kept])
+            return Seen(requests, contexts, tokens, probabilities, accepted)
+        kept = requests >= 0
+        return Seen(requests[kept], contexts[kept], tokens[kept], probabilities[kept], accepted[kept])
 
     def _ask(self: Any, request_id: str, number: int, length: int, *, tree: bool) -> Ask:
         state = self.requests[request_id]
@@ -393,25 +399,21 @@ class SpeculationV1:
             own = self._tops_seconds + self._propose_seconds + now - started
             self.galley_drafter.timed(Timing(len(self._rows.tokens), requests, seconds, own))
 
-    def _count(self: Any, speaking: np.ndarray, gained: np.ndarray, started: float) -> None:
+    def _count(self: Any, speaking: list[int], gained: list[int], started: float) -> None:
         now = time.perf_counter()
         stats: SpeculationStats = self.speculation_stats
-        if len(speaking):
+        if speaking:
             stats.add("steps")
-            stats.add("tree_steps", self._plan is not None)
-            nodes = np.diff(self._rows.starts) - 1
-            stats.verified(nodes[speaking], gained[speaking] - 1)
+            if self._plan is not None:
+                stats.add("tree_steps")
+            starts = self._rows.starts.tolist()
+            nodes = [starts[row + 1] - starts[row] - 1 for row in speaking]
+            stats.verified(nodes, [gained[row] - 1 for row in speaking])
             if self._timed:
                 stats.add("step_seconds", now - self._step_ended)
                 stats.add("draft_seconds", now - started)
                 stats.add("verify_seconds", self._verify_seconds)
         self._step_ended = now
-
-
-def _first_run(draft: Draft) -> Draft:
-    """The chain that a depth-first tree begins with."""
-    length = int(np.argmin(np.append(draft.parents == np.arange(-1, len(draft.parents) - 1), False)))
-    return Draft(draft.tokens[:length], draft.parents[:length])
 
 
 def _trees_possible(vllm_config: Any, wanted: str) -> bool:

@@ -19,19 +19,20 @@ _HOPS = 32  # suffix links whose last occurrence is renewed a token; a text's ch
 
 
 class Automaton(NamedTuple):
-    """Arrays of one automaton with room for `n` tokens: up to 2n states and 3n transitions.
+    """Views of one automaton with room for `n` tokens: up to 2n states and 3n transitions.
 
     Attributes:
+        counts: int32 [4]: tokens, states, edges, the state of the whole text.
         text: int32 [n].
         length: int32 [2n], the longest string of each state.
         link: int32 [2n], suffix links; -1 at the root.
         last: int32 [2n], index of the token that ends the latest occurrence that another token follows; -1.
         first_edge: int32 [2n], head of each state's list of transitions; -1.
-        edge_token, edge_to, edge_next: int32 [3n].
+        edge_token, edge_to, edge_from, edge_next: int32 [3n].
         slots: int32 [a power of two >= 6n], hash table of transitions, edge + 1; 0 is free.
-        counts: int64 [4]: tokens, states, edges, the state of the whole text.
     """
 
+    counts: NDArray[np.int32]
     text: NDArray[np.int32]
     length: NDArray[np.int32]
     link: NDArray[np.int32]
@@ -42,29 +43,46 @@ class Automaton(NamedTuple):
     edge_from: NDArray[np.int32]
     edge_next: NDArray[np.int32]
     slots: NDArray[np.int32]
-    counts: NDArray[np.int64]
 
 
-def new_automaton(room: int) -> Automaton:
-    """An empty automaton with room for `room` tokens, about 76 to 100 bytes each."""
-    room = max(room, 16)
+_HEAD = 5  # `counts`, and the room
+_BEFORE_SLOTS = 21  # numbers for each token of room
+
+
+@njit(cache=True)
+def automaton_in(memory: NDArray[np.int32]) -> Automaton:
+    """The automaton that lies in one array; arrays are what a call of compiled code spends its time on."""
+    room = memory[_HEAD - 1]
     states, edges = 2 * room, 3 * room
-    slots = 1 << (2 * edges - 1).bit_length()
-    automaton = Automaton(
-        text=np.empty(room, np.int32),
-        length=np.zeros(states, np.int32),
-        link=np.full(states, -1, np.int32),
-        last=np.full(states, -1, np.int32),
-        first_edge=np.full(states, -1, np.int32),
-        edge_token=np.empty(edges, np.int32),
-        edge_to=np.empty(edges, np.int32),
-        edge_from=np.empty(edges, np.int32),
-        edge_next=np.empty(edges, np.int32),
-        slots=np.zeros(slots, np.int32),
-        counts=np.zeros(4, np.int64),
+    at = _HEAD + room
+    middle = at + 4 * states
+    return Automaton(
+        memory[:4],
+        memory[_HEAD:at],
+        memory[at : at + states],
+        memory[at + states : at + 2 * states],
+        memory[at + 2 * states : at + 3 * states],
+        memory[at + 3 * states : middle],
+        memory[middle : middle + edges],
+        memory[middle + edges : middle + 2 * edges],
+        memory[middle + 2 * edges : middle + 3 * edges],
+        memory[middle + 3 * edges : middle + 4 * edges],
+        memory[middle + 4 * edges :],
     )
-    automaton.counts[1] = 1  # the root
-    return automaton
+
+
+def new_automaton(room: int) -> NDArray[np.int32]:
+    """The memory of an empty automaton with room for `room` tokens, about 108 to 132 bytes each."""
+    room = max(room, 16)
+    slots = 1 << (6 * room - 1).bit_length()
+    memory = np.empty(_HEAD + _BEFORE_SLOTS * room + slots, np.int32)
+    memory[:_HEAD] = 0, 1, 0, ROOT, room  # one state, the root
+    empty: Automaton = automaton_in(memory)
+    empty.length[:] = 0
+    empty.slots[:] = 0
+    for heads in (empty.link, empty.last, empty.first_edge):
+        heads[:] = -1
+    return memory
 
 
 @njit(cache=True)
@@ -171,33 +189,47 @@ def step(a: Automaton, state: int, length: int, token: int) -> tuple[int, int]:
         length = a.length[state]
 
 
+@njit(cache=True)
+def extend_in(memory: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+    """`extend`, of the automaton that lies there."""
+    extend(automaton_in(memory), tokens)
+
+
 class Text:
     """A request's text and its automaton, at most `most` tokens; older ones are forgotten by halves.
 
     Args:
-        most: bounds the memory: about 100 bytes a token.
+        most: bounds the memory: about 130 bytes a token.
+
+    Attributes:
+        memory: int32, of `automaton_in`; another array once the room is used up.
     """
 
     def __init__(self, tokens: NDArray[np.int32], most: int = 32768) -> None:
         self._most = most
         tokens = tokens[-most:]
-        self.automaton = new_automaton(min(most, 2 * len(tokens) + 256))
-        extend(self.automaton, np.ascontiguousarray(tokens, np.int32))
+        self.memory = new_automaton(min(most, 2 * len(tokens) + 256))
+        extend_in(self.memory, np.ascontiguousarray(tokens, np.int32))
 
     def __len__(self) -> int:
-        return int(self.automaton.counts[0])
+        return int(self.memory[0])
+
+    @property
+    def automaton(self) -> Automaton:
+        found: Automaton = automaton_in(self.memory)
+        return found
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens; beyond the bound, the older half of the text is forgotten."""
         needed = len(self) + count
-        if needed <= len(self.automaton.text):
+        if needed <= self.memory[_HEAD - 1]:
             return
-        kept = self.automaton.text[: len(self)]
+        kept = self.memory[_HEAD : _HEAD + len(self)]
         if needed > self._most:
             kept = kept[-(self._most // 2) :]
-        self.automaton = new_automaton(max(min(self._most, 2 * (len(kept) + count)), len(kept) + count))
-        extend(self.automaton, np.ascontiguousarray(kept))
+        self.memory = new_automaton(max(min(self._most, 2 * (len(kept) + count)), len(kept) + count))
+        extend_in(self.memory, np.ascontiguousarray(kept))
 
     def extend(self, tokens: NDArray[np.int32]) -> None:
         self.reserve(len(tokens))
-        extend(self.automaton, np.ascontiguousarray(tokens, np.int32))
+        extend_in(self.memory, np.ascontiguousarray(tokens, np.int32))

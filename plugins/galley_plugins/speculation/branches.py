@@ -10,8 +10,12 @@ wins, its private blocks are copied back over the request's own, block by block,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
 
 
 @dataclass(slots=True)
@@ -59,28 +63,30 @@ class BranchPlan:
     runs: list[Run] = field(default_factory=list)
 
 
-def depths_of(parents: np.ndarray) -> np.ndarray:
-    """Depth of every node, 0 for a child of the last token. int32 [nodes]"""
-    depths = np.zeros(len(parents), np.int32)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            depths[node] = depths[parent] + 1
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """Depth of every node, 0 for a child of the last token."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
     return depths
 
 
-def private_blocks(parents: np.ndarray, computed: int, block_size: int) -> int:
+def first_run(parents: Sequence[int]) -> int:
+    """How many nodes the chain has that a depth-first tree begins with."""
+    stop = 0
+    while stop < len(parents) and parents[stop] == stop - 1:
+        stop += 1
+    return stop
+
+
+def private_blocks(parents: Sequence[int], computed: int, block_size: int) -> int:
     """How many private blocks a tree needs that starts after `computed` tokens."""
     depths = depths_of(parents)
     needed = 0
-    for node in range(len(parents)):
-        last_of_run = node + 1 == len(parents) or parents[node + 1] != node
-        if last_of_run and not _in_first_run(parents, node):
-            needed += (computed + 1 + int(depths[node])) // block_size - computed // block_size + 1
+    for node in range(first_run(parents), len(parents)):
+        if node + 1 == len(parents) or parents[node + 1] != node:  # the last of its run
+            needed += (computed + 1 + depths[node]) // block_size - computed // block_size + 1
     return needed
-
-
-def _in_first_run(parents: np.ndarray, node: int) -> bool:
-    return bool((parents[: node + 1] == np.arange(-1, node)).all())
 
 
 def add_request(
@@ -88,7 +94,7 @@ def add_request(
     request: int,
     start: int,
     stop: int,
-    parents: np.ndarray | None,
+    parents: Sequence[int] | None,
     computed: int,
     own_blocks: np.ndarray,
     free: list[int],
@@ -98,7 +104,7 @@ def add_request(
 
     Args:
         start, stop: its tokens; for a tree, its last token and then the nodes.
-        parents: int32 [stop - start - 1] in depth-first order; None if its tokens are a plain sequence.
+        parents: [stop - start - 1] in depth-first order; None if its tokens are a plain sequence.
         computed: tokens of it that are in the cache.
         own_blocks: its block table.
         free: private blocks, taken from its end.
@@ -109,9 +115,7 @@ def add_request(
         return
     depths = depths_of(parents)
     count = len(parents)
-    first_stop = 0
-    while first_stop < count and parents[first_stop] == first_stop - 1:
-        first_stop += 1
+    first_stop = first_run(parents)
     plan.rows.append((request, start, start + 1 + first_stop))
     plan.lengths.append(computed + 1 + first_stop)
     first_block = computed // block_size
@@ -120,7 +124,7 @@ def add_request(
         end = node + 1
         while end < count and parents[end] == end - 1:
             end += 1
-        last_position = computed + 1 + int(depths[end - 1])
+        last_position = computed + 1 + depths[end - 1]
         needed = last_position // block_size - first_block + 1
         row = len(plan.rows)
         plan.rows.append((request, start + 1 + node, start + 1 + end))
@@ -140,19 +144,15 @@ def add_request(
                 return blocks[position // block_size - first_block] * block_size + position % block_size
 
             for index in range(node, end):
-                plan.slots.append((start + 1 + index, slot(computed + 1 + int(depths[index]))))
-            ancestor = int(parents[node])
+                plan.slots.append((start + 1 + index, slot(computed + 1 + depths[index])))
+            ancestor = parents[node]
             while True:
                 plan.extra_tokens.append(start + 1 + ancestor)
-                plan.extra_slots.append(
-                    slot(computed + 1 + int(depths[ancestor]) if ancestor >= 0 else computed)
-                )
+                plan.extra_slots.append(slot(computed + 1 + depths[ancestor] if ancestor >= 0 else computed))
                 if ancestor < 0:
                     break
-                ancestor = int(parents[ancestor])
-        plan.positions += [
-            (start + 1 + index, computed + 1 + int(depths[index])) for index in range(node, end)
-        ]
+                ancestor = parents[ancestor]
+        plan.positions += [(start + 1 + index, computed + 1 + depths[index]) for index in range(node, end)]
         node = end
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numba import njit
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from galley_plugins.speculation.drafting import Timing
 
 _KNOTS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 512, 1024, 4096)
@@ -41,44 +44,72 @@ class StepCost:
             return
         share = min(timing.drafting / timing.seconds, _MOST_OVERHEAD)
         self.overhead += _DRIFT * (share - self.overhead)
-        predicted = float(np.interp(timing.tokens, self.knots, self.shape))
         if self.scale == 0.0:
-            self.scale = timing.seconds / predicted
+            self.scale = timing.seconds / float(self(timing.tokens))
             return
-        ratio = timing.seconds / (self.scale * predicted)
-        ratio = min(max(ratio, 1 / _UNUSUAL), _UNUSUAL)
-        self.scale *= ratio**_DRIFT
-        right = int(np.searchsorted(self.knots, timing.tokens))
-        right = min(max(right, 1), len(self.knots) - 1)
-        share = (timing.tokens - self.knots[right - 1]) / (self.knots[right] - self.knots[right - 1])
-        share = min(share, 1.0)
-        for knot, weight in ((right - 1, 1.0 - share), (right, share)):
-            if weight > 0:
-                self.visits[knot] = min(self.visits[knot] + weight, _MOST_VISITS)
-                self.shape[knot] *= ratio ** (weight / (self.visits[knot] + _PRIOR_VISITS))
-        self._mend()
-
-    def _mend(self) -> None:
-        """Keep the curve from falling; where nothing was measured it goes on no flatter than before."""
-        slope = self._slope * self.shape[0]
-        known = -1  # the last measured knot
-        for knot in range(1, len(self.knots)):
-            before = self.shape[knot - 1]
-            width = self.knots[knot] - self.knots[knot - 1]
-            if self.visits[knot] < 1.0:
-                self.shape[knot] = before + slope * width
-                continue
-            self.shape[knot] = max(self.shape[knot], before)
-            if self.visits[knot] < _TRUSTED:
-                continue
-            if known >= 0:
-                rise = self.shape[knot] - self.shape[known]
-                slope = max(slope, rise / (self.knots[knot] - self.knots[known]))
-            known = knot
+        self.scale = _learn(
+            self.knots, self.shape, self.visits, self._slope, self.scale, timing.tokens, timing.seconds
+        )
 
     def __call__(self, tokens: Any) -> Any:
         """Relative cost of steps of so many tokens, in an arbitrary unit."""
         return np.interp(tokens, self.knots, self.shape)
+
+
+@njit(cache=True)
+def _at(knots: NDArray[np.float64], shape: NDArray[np.float64], tokens: float) -> float:
+    """The curve at one place; flat beyond its ends."""
+    if tokens <= knots[0]:
+        return float(shape[0])
+    for right in range(1, len(knots)):
+        if tokens <= knots[right]:
+            left = right - 1
+            share = (tokens - knots[left]) / (knots[right] - knots[left])
+            return float(shape[left] + share * (shape[right] - shape[left]))
+    return float(shape[-1])
+
+
+@njit(cache=True)
+def _learn(
+    knots: NDArray[np.float64],
+    shape: NDArray[np.float64],
+    visits: NDArray[np.float64],
+    slope: float,
+    scale: float,
+    tokens: int,
+    seconds: float,
+) -> float:
+    """Move the curve by one step; returns the scale."""
+    ratio = seconds / (scale * _at(knots, shape, tokens))
+    ratio = min(max(ratio, 1 / _UNUSUAL), _UNUSUAL)
+    right = min(max(int(np.searchsorted(knots, tokens)), 1), len(knots) - 1)
+    share = min((tokens - knots[right - 1]) / (knots[right] - knots[right - 1]), 1.0)
+    for knot, weight in ((right - 1, 1.0 - share), (right, share)):
+        if weight > 0:
+            visits[knot] = min(visits[knot] + weight, _MOST_VISITS)
+            shape[knot] *= ratio ** (weight / (visits[knot] + _PRIOR_VISITS))
+    _mend(knots, shape, visits, slope)
+    return float(scale * ratio**_DRIFT)
+
+
+@njit(cache=True)
+def _mend(
+    knots: NDArray[np.float64], shape: NDArray[np.float64], visits: NDArray[np.float64], slope: float
+) -> None:
+    """Keep the curve from falling; where nothing was measured it goes on no flatter than before."""
+    slope = slope * shape[0]
+    known = -1  # the last measured knot
+    for knot in range(1, len(knots)):
+        before = shape[knot - 1]
+        if visits[knot] < 1.0:
+            shape[knot] = before + slope * (knots[knot] - knots[knot - 1])
+            continue
+        shape[knot] = max(shape[knot], before)
+        if visits[knot] < _TRUSTED:
+            continue
+        if known >= 0:
+            slope = max(slope, (shape[knot] - shape[known]) / (knots[knot] - knots[known]))
+        known = knot
 
 
 def least_worthwhile(cost: StepCost, requests: int, most: int) -> float:
@@ -92,8 +123,18 @@ def least_worthwhile(cost: StepCost, requests: int, most: int) -> float:
     """
     if requests < 1 or most < 1:
         return 1.0
-    costs = cost(requests + np.arange(most + 1))
-    return float(requests / costs[0] * np.diff(costs).min())
+    return float(_least(cost.knots, cost.shape, requests, most))
+
+
+@njit(cache=True)
+def _least(knots: NDArray[np.float64], shape: NDArray[np.float64], requests: int, most: int) -> float:
+    before = first = _at(knots, shape, requests)
+    least = np.inf
+    for tokens in range(requests + 1, requests + most + 1):
+        here = _at(knots, shape, tokens)
+        least = min(least, here - before)
+        before = here
+    return requests / first * least
 
 
 def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float = 1.02) -> tuple[int, float]:
@@ -111,9 +152,22 @@ def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float =
     """
     if requests < 1 or len(reach) == 0:
         return 0, -cost.overhead
-    tokens = requests + np.arange(len(reach) + 1)
-    expected = requests + np.concatenate(([0.0], np.cumsum(reach, dtype=np.float64)))
-    speed = expected / cost(tokens)
-    best = int(np.argmax(speed))
-    ratio = float(speed[best] / speed[0] * (1.0 - cost.overhead))
+    best, ratio = _best(cost.knots, cost.shape, requests, reach)
+    ratio *= 1.0 - cost.overhead
     return (best, ratio - 1.0) if ratio > margin else (0, -cost.overhead)
+
+
+@njit(cache=True)
+def _best(
+    knots: NDArray[np.float64], shape: NDArray[np.float64], requests: int, reach: NDArray[np.floating[Any]]
+) -> tuple[int, float]:
+    """How many of the candidates make the most tokens a second, and over none how many more."""
+    plain = requests / _at(knots, shape, requests)
+    expected = float(requests)
+    best, most = 0, plain
+    for count in range(1, len(reach) + 1):
+        expected += reach[count - 1]
+        speed = expected / _at(knots, shape, requests + count)
+        if speed > most:
+            best, most = count, speed
+    return best, most / plain

@@ -45,7 +45,7 @@ class Draft(NamedTuple):
 
     @property
     def is_chain(self) -> bool:
-        return len(self.parents) < 2 or bool((self.parents == np.arange(-1, len(self.parents) - 1)).all())
+        return len(self.parents) == 0 or bool(_is_chain(self.parents))
 
     def depth_first(self) -> Draft:
         """The same tree with every node's first child right after it; runners verify in this order."""
@@ -53,6 +53,11 @@ class Draft(NamedTuple):
             return self
         order, parents = depth_first(self.parents)
         return Draft(self.tokens[order], parents)
+
+
+@njit(cache=True)
+def _is_chain(parents: NDArray[np.int32]) -> bool:
+    return bool((parents == np.arange(-1, len(parents) - 1)).all())
 
 
 @njit(cache=True)

@@ -17,10 +17,10 @@ import torch
 from numba import njit
 
 from galley_plugins.speculation import automaton, mixing, tables
-from galley_plugins.speculation.automaton import Automaton, Text
+from galley_plugins.speculation.automaton import Text
 from galley_plugins.speculation.cost import StepCost, least_worthwhile, worthwhile
 from galley_plugins.speculation.drafting import CONTEXT, Ask, Draft, Opening, Seen, Timing, depth_first
-from galley_plugins.speculation.mixing import DEPTHS, MOST, Candidates, Mixer
+from galley_plugins.speculation.mixing import DEPTHS, Mixer
 from galley_plugins.speculation.store import TableFileError, load_tables, save_tables
 from galley_plugins.speculation.tables import ROWS_LAYOUT, NgramTable, TableArrays, table_from_rows
 
@@ -44,7 +44,15 @@ GREEDY, SAMPLED = 0, 1
 
 
 class _Request:
-    """What the drafter holds of one request: its text, and the draft that the next step verifies."""
+    """What the drafter holds of one request: its text, and the draft that the next step verifies.
+
+    Attributes:
+        context: int32 [3], the text's last tokens; -1 before it.
+        ahead: tokens that `observe` has added before `extend` brings them.
+        nodes: of the draft.
+        shape: int32 [3, limit], each node's token, parent and depth.
+        odds: float32 [2, limit], the probability that each is accepted, and that given that its parent is.
+    """
 
     def __init__(self, opening: Opening, limit: int) -> None:
         self.text = Text(opening.tokens)
@@ -54,22 +62,10 @@ class _Request:
         tail = opening.tokens[-CONTEXT:]
         if len(tail):
             self.context[-len(tail) :] = tail
-        self.ahead = 0  # tokens that `observe` has added before `extend` brings them
+        self.ahead = 0
         self.nodes = 0
-        self.tokens = np.empty(limit, np.int32)
-        self.parents = np.empty(limit, np.int32)
-        self.reach = np.empty(limit, np.float32)
-        self.chance = np.empty(limit, np.float32)
-        self.depths = np.empty(limit, np.int32)
-
-    def keep(self, count: int) -> None:
-        """Keep the first `count` nodes, and put them in depth-first order."""
-        self.nodes = count
-        if count > 1:
-            order, parents = depth_first(self.parents[:count])
-            self.parents[:count] = parents
-            for column in (self.tokens, self.reach, self.chance, self.depths):
-                column[:count] = column[:count][order]
+        self.shape = np.empty((3, limit), np.int32)
+        self.odds = np.empty((2, limit), np.float32)
 
 
 class Hybrid:
@@ -83,11 +79,8 @@ class Hybrid:
         self._vocab_size = vocab_size
         self.table = NgramTable(self._budget)
         self.cost = StepCost(TOKEN_COST if options.token_cost is None else options.token_cost)
-        self.mixer = mixing.new_mixer()
+        self._mixer = mixing.new_mixer()
         self._arrays = self.table.arrays()
-        self._rates = np.array(RATES, np.float32)
-        self._scratch = mixing.new_candidates()
-        self._pool = np.empty(((self.limit + 1) * (MOST + 1), 4))
         self._requests: dict[int, _Request] = {}
         self._drafted = 0  # steps in a row
         self.worth = 0.0  # of looking for the last drafts; see `worthwhile`
@@ -99,62 +92,61 @@ class Hybrid:
         self.table.clock += 1
         tables.learn_text(self._arrays, opened.scope, window, TEXT_RATE, TEXT_FIRST, self.table.clock)
 
+    @property
+    def mixer(self) -> Mixer:
+        found: Mixer = mixing.mixer_in(self._mixer)
+        return found
+
     def observe(self, seen: Seen) -> None:
         self.table.clock += 1
-        bounds = np.flatnonzero(np.diff(seen.requests, prepend=-1, append=-1))
+        bounds = _bounds(seen.requests).tolist()
         for start, stop in itertools.pairwise(bounds):
             opened = self._requests[int(seen.requests[start])]
-            rows = slice(int(start), int(stop))
-            accepted = seen.accepted[rows]
-            taken = accepted[accepted >= 0]
-            opened.text.reserve(len(taken))
-            _absorb(
-                self._scratch, self._arrays, opened.scope, opened.text.automaton, self.mixer, opened.kind,
-                seen.contexts[rows], seen.top_tokens[rows], seen.top_probs[rows], accepted,
-                opened.parents, opened.chance, opened.depths, min(opened.nodes, len(accepted) - 1),
-                self._rates, self.table.clock,
+            opened.text.reserve(stop - start)
+            opened.ahead = _absorb(
+                self._arrays, opened.scope, opened.text.memory, self._mixer, opened.kind, seen.contexts,
+                seen.top_tokens, seen.top_probs, seen.accepted, start, stop, opened.shape, opened.odds,
+                opened.nodes, opened.context, self.table.clock,
             )  # fmt: skip
             opened.nodes = 0
-            opened.ahead = len(taken)
 
     def extend(self, request: int, tokens: NDArray[np.int32]) -> None:
         opened = self._requests[request]
         rest = tokens[opened.ahead :]
+        opened.ahead = 0
         if len(rest):
             opened.text.extend(rest)
-        opened.ahead = 0
-        opened.context = np.concatenate([opened.context, tokens])[-CONTEXT:].astype(np.int32)
+            opened.context = np.concatenate([opened.context, rest])[-CONTEXT:].astype(np.int32)
 
     def timed(self, timing: Timing) -> None:
         self.cost.add(timing)
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
-        grown = []
         room = sum(min(ask.limit, self.limit) for ask in asks)
         least = max(LEAST, min(least_worthwhile(self.cost, len(asks), room), 1.0))
+        grown = []
         for ask in asks:
             opened = self._requests[ask.request]
-            opened.nodes = 0
             limit = min(ask.limit, self.limit)
-            if limit > 0:
-                opened.nodes = mixing.grow(
-                    self._scratch, self._arrays, opened.scope, opened.text.automaton, self.mixer,
-                    opened.kind, opened.context, limit, not ask.tree, least, opened.tokens, opened.parents,
-                    opened.reach, opened.chance, opened.depths, self._pool,
-                )  # fmt: skip
+            opened.nodes = limit and _grow(
+                self._arrays, opened.scope, opened.text.memory, self._mixer, opened.kind, opened.context,
+                limit, not ask.tree, least, opened.shape, opened.odds,
+            )  # fmt: skip
             grown.append(opened)
-        reach = np.concatenate([opened.reach[: opened.nodes] for opened in grown]) if grown else np.empty(0)
-        order = np.sort(reach)[::-1]
+        reach = [opened.odds[0, : opened.nodes] for opened in grown if opened.nodes]
+        # Of one request, nodes come in the order of falling reach.
+        order = reach[0] if len(reach) == 1 else -np.sort(-np.concatenate(reach)) if reach else _NOTHING
         count, self.worth = worthwhile(self.cost, len(asks), order)
         self._drafted = self._drafted + 1 if count else 0
         if self._drafted >= PROBE and len(asks) >= PROBED_REQUESTS:
             self._drafted = count = 0
-        last = order[count - 1] if count else np.inf
+        last = float(order[count - 1]) if count else np.inf
         drafts = []
         for opened in grown:
-            # Nodes come in the order of falling reach, so what stays is a tree.
-            opened.keep(int((opened.reach[: opened.nodes] >= last).sum()))
-            drafts.append(Draft(opened.tokens[: opened.nodes].copy(), opened.parents[: opened.nodes].copy()))
+            if opened.nodes:
+                opened.nodes = _keep(opened.shape, opened.odds, opened.nodes, last)
+            tokens, parents, _ = opened.shape[:, : opened.nodes].copy()
+            drafts.append(Draft(tokens, parents))
         return drafts
 
     def end(self, request: int) -> None:
@@ -176,38 +168,64 @@ class Hybrid:
             raise TableFileError(f"{path}: the mixer's values are not finite")
         self.table = table_from_rows(path, tensors, self._budget, self._vocab_size)
         self._arrays = self.table.arrays()
-        self.mixer = Mixer(**arrays)
+        for name, array in self.mixer._asdict().items():
+            array[:] = arrays[name]
+
+
+_NOTHING = np.empty(0, np.float32)
+
+
+@njit(cache=True)
+def _bounds(requests: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Where each request's rows start, and the last one's stop."""
+    bounds = np.empty(len(requests) + 1, np.int64)
+    count = 0
+    for row in range(len(requests)):
+        if row == 0 or requests[row] != requests[row - 1]:
+            bounds[count] = row
+            count += 1
+    bounds[count] = len(requests)
+    return bounds[: count + 1]
 
 
 @njit(cache=True)
 def _absorb(
-    c: Candidates,
     table: TableArrays,
     scope: int,
-    a: Automaton,
-    mixer: Mixer,
+    text: NDArray[np.int32],
+    mixer_memory: NDArray[np.float32],
     kind: int,
     contexts: NDArray[np.int32],
     top_tokens: NDArray[np.int32],
     top_probs: NDArray[np.float32],
     accepted: NDArray[np.int32],
-    parents: NDArray[np.int32],
-    chance: NDArray[np.float32],
-    depths: NDArray[np.int32],
+    start: int,
+    stop: int,
+    shape: NDArray[np.int32],
+    odds: NDArray[np.float32],
     nodes: int,
-    rates: NDArray[np.float32],
+    context: NDArray[np.int32],
     clock: int,
-) -> None:
-    """Learn from one request's rows: its last token, then its draft's nodes."""
-    for node in range(nodes):
-        parent = parents[node]
-        if parent < 0 or accepted[parent + 1] >= 0:
-            depth = min(depths[node], DEPTHS - 1)
-            truth = 1.0 if accepted[node + 1] >= 0 else 0.0
-            mixer.depth[kind, depth] += DEPTH_PACE * (truth - chance[node])
+) -> int:
+    """Learn from one request's rows, `start` to `stop`: its last token, then its draft's nodes.
+
+    Returns:
+        the number of tokens that were added to the text and the context.
+    """
+    a = automaton.automaton_in(text)
+    mixer = mixing.mixer_in(mixer_memory)
+    c = mixing.new_candidates()
+    for node in range(min(nodes, stop - start - 1)):
+        parent = shape[1, node]
+        if parent < 0 or accepted[start + 1 + parent] >= 0:
+            depth = min(shape[2, node], DEPTHS - 1)
+            truth = 1.0 if accepted[start + 1 + node] >= 0 else 0.0
+            mixer.depth[kind, depth] += DEPTH_PACE * (truth - odds[1, node])
     token = np.empty(1, np.int32)
     scopes = np.full(1, scope, np.int64)
-    for row in range(len(accepted)):
+    rates = np.array(RATES, np.float32)
+    taken = 0
+    for row in range(start, stop):
         if accepted[row] >= 0:
             state, length = automaton.matched(a)
             found = mixing.gather(
@@ -222,3 +240,49 @@ def _absorb(
         if accepted[row] >= 0:
             token[0] = accepted[row]
             automaton.extend(a, token)
+            for place in range(CONTEXT - 1):
+                context[place] = context[place + 1]
+            context[CONTEXT - 1] = accepted[row]
+            taken += 1
+    return taken
+
+
+@njit(cache=True)
+def _grow(
+    table: TableArrays,
+    scope: int,
+    text: NDArray[np.int32],
+    mixer_memory: NDArray[np.float32],
+    kind: int,
+    context: NDArray[np.int32],
+    limit: int,
+    chain: bool,
+    least: float,
+    shape: NDArray[np.int32],
+    odds: NDArray[np.float32],
+) -> int:
+    return int(
+        mixing.grow(
+            table, scope, automaton.automaton_in(text), mixing.mixer_in(mixer_memory), kind, context, limit,
+            chain, least, shape[0], shape[1], odds[0], odds[1], shape[2],
+        )
+    )  # fmt: skip
+
+
+@njit(cache=True)
+def _keep(shape: NDArray[np.int32], odds: NDArray[np.float32], nodes: int, last: float) -> int:
+    """Keep the nodes that are reached with `last` at least, depth first; returns how many these are.
+
+    Nodes come in the order of falling reach, so what stays is a tree.
+    """
+    count = 0
+    while count < nodes and odds[0, count] >= last:
+        count += 1
+    if count > 1:
+        order, parents = depth_first(shape[1, :count])
+        for row in (0, 2):
+            shape[row, :count] = shape[row, :count][order]
+        for row in range(2):
+            odds[row, :count] = odds[row, :count][order]
+        shape[1, :count] = parents
+    return count

@@ -77,8 +77,24 @@ class Candidates(NamedTuple):
     known: NDArray[np.bool_]
 
 
-def new_mixer(kinds: int = 2) -> Mixer:
-    """A mixer that believes sources by their own word, until it has seen better."""
+KINDS = 2
+
+
+@njit(cache=True)
+def mixer_in(memory: NDArray[np.float32]) -> Mixer:
+    """The mixer that lies in one array."""
+    each, weights = KINDS * BINS, KINDS * (INPUTS + 1)
+    return Mixer(
+        memory[:each].reshape(KINDS, BINS),
+        memory[each : 2 * each].reshape(KINDS, BINS),
+        memory[2 * each : 3 * each].reshape(KINDS, BINS),
+        memory[3 * each : 3 * each + weights].reshape(KINDS, INPUTS + 1),
+        memory[3 * each + weights :].reshape(KINDS, DEPTHS),
+    )
+
+
+def new_mixer() -> NDArray[np.float32]:
+    """The memory of a mixer that believes sources by their own word, until it has seen better."""
     rates = np.full(BINS, 0.1, np.float32)
     for order in range(CONTEXT):
         base = _OFFSETS[order]
@@ -91,26 +107,25 @@ def new_mixer(kinds: int = 2) -> Mixer:
             rates[base + (length - 1) * _RANKS + rank] = (1 - 1 / (1 + 0.5 * length)) / (1 + rank)
     rates[base + _LOOKUP_BINS - 2] = 0.02
     rates[base + _LOOKUP_BINS - 1] = 0.05
-    all_rates = np.tile(rates, (kinds, 1))
-    weights = np.array([0.25, 0.25, 0.25, 0.4, 0.4, 0.4], np.float32)
-    return Mixer(
-        rates=all_rates,
-        counts=np.ones((kinds, BINS), np.float32),
-        stretched=np.log(all_rates / (1 - all_rates)),
-        weights=np.tile(weights, (kinds, 1)),
-        depth=np.zeros((kinds, DEPTHS), np.float32),
-    )
+    memory = np.zeros(KINDS * (3 * BINS + INPUTS + 1 + DEPTHS), np.float32)
+    mixer: Mixer = mixer_in(memory)
+    mixer.rates[:] = rates
+    mixer.counts[:] = 1
+    mixer.stretched[:] = np.log(rates / (1 - rates))
+    mixer.weights[:] = 0.25, 0.25, 0.25, 0.4, 0.4, 0.4
+    return memory
 
 
+@njit(cache=True)
 def new_candidates() -> Candidates:
-    """Scratch space; one is enough for a thread."""
+    """Scratch space."""
     return Candidates(
-        tokens=np.empty(MOST, np.int32),
-        probs=np.empty((MOST, CONTEXT), np.float32),
-        lookup=np.empty((MOST, 2), np.int32),
-        bins=np.empty((MOST, INPUTS), np.int32),
-        scores=np.empty(MOST, np.float32),
-        known=np.empty(CONTEXT + 1, np.bool_),
+        np.empty(MOST, np.int32),
+        np.empty((MOST, CONTEXT), np.float32),
+        np.empty((MOST, 2), np.int32),
+        np.empty((MOST, INPUTS), np.int32),
+        np.empty(MOST, np.float32),
+        np.empty(CONTEXT + 1, np.bool_),
     )
 
 
@@ -242,7 +257,6 @@ def teach(c: Candidates, count: int, mixer: Mixer, kind: int, token: int, pace: 
 
 @njit(cache=True)
 def grow(
-    c: Candidates,
     table: TableArrays,
     scope: int,
     a: Automaton,
@@ -257,7 +271,6 @@ def grow(
     reach: NDArray[np.float32],
     chance: NDArray[np.float32],
     depths: NDArray[np.int32],
-    pool: NDArray[np.float64],
 ) -> int:
     """Grow a draft best first: always the node that the text most probably reaches next.
 
@@ -268,11 +281,12 @@ def grow(
         least: nodes reached with a smaller probability are not drafted.
         tokens, parents, reach, chance, depths: outputs [>= limit]: the draft; the probability that a node is
             accepted; the same given that its parent is; its depth, 0 for a child of the last token.
-        pool: float64 [>= (limit + 1) * (most + 1), 4], scratch.
 
     Returns:
         the number of nodes, in the order of falling `reach`.
     """
+    c = new_candidates()
+    pool = np.empty(((limit + 1) * (MOST + 1), 4), np.float64)
     states = np.empty(limit + 1, np.int32)
     lengths = np.empty(limit + 1, np.int32)
     contexts = np.empty((limit + 1, CONTEXT), np.int32)

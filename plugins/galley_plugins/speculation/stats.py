@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+from bisect import bisect_left
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,7 @@ import numpy as np
 from galley_plugins.speculation.options import STATS_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
+    from collections.abc import Iterator, Sequence
 
 POSITIONS = 16  # accepted tokens are counted by place in the draft, the last place and beyond together
 LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # upper bounds of the histogram of draft lengths
@@ -54,7 +53,8 @@ class SpeculationStats:
             descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
             os.ftruncate(descriptor, 8 * SIZE)
             os.close(descriptor)
-            self.values = np.memmap(path, np.float64, "r+", shape=(SIZE,))
+            # As a plain array: each look into a memmap would make another memmap.
+            self.values = np.asarray(np.memmap(path, np.float64, "r+", shape=(SIZE,)))
 
     @classmethod
     def from_environment(cls, rank: int = 0) -> SpeculationStats:
@@ -65,25 +65,25 @@ class SpeculationStats:
     def add(self, name: str, amount: float = 1.0) -> None:
         self.values[PLACES[name]] += amount
 
-    def verified(self, nodes: NDArray[np.int32], accepted: NDArray[np.int32]) -> None:
+    def verified(self, nodes: Sequence[int], accepted: Sequence[int]) -> None:
         """A step verified one draft for each request.
 
         Args:
-            nodes: int32 [requests], of each draft; 0 where there was none.
-            accepted: int32 [requests], tokens accepted of it.
+            nodes: of each request's draft; 0 where there was none.
+            accepted: tokens accepted of it.
         """
-        places = np.searchsorted(LENGTHS, nodes)
-        lengths = np.bincount(places, minlength=len(LENGTHS) + 1)
-        self.values[LENGTH_START:LENGTH_SUM] += lengths
-        drafted, taken = int(nodes.sum()), int(accepted.sum())
-        self.values[LENGTH_SUM] += drafted
+        values = self.values
+        drafted = taken = 0
+        for length, count in zip(nodes, accepted, strict=True):
+            values[LENGTH_START + bisect_left(LENGTHS, length)] += 1
+            for position in range(count):
+                values[POSITION_START + min(position, POSITIONS - 1)] += 1
+            drafted += length
+            taken += count
+        values[LENGTH_SUM] += drafted
         self.add("draft_tokens", drafted)
         self.add("request_steps", len(nodes))
         self.add("accepted_tokens", taken)
-        if taken:
-            longest = np.arange(int(accepted.max()))
-            reached = (accepted[:, None] > longest).sum(0)
-            np.add.at(self.values, POSITION_START + np.minimum(longest, POSITIONS - 1), reached)
 
 
 class SpeculationCollector:

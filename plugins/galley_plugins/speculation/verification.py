@@ -136,6 +136,36 @@ def contexts_of(
     return contexts
 
 
+@njit(cache=True)
+def shown(
+    texts: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    numbers: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    parents: NDArray[np.int32],
+    gained: NDArray[np.int32],
+    gained_rows: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """`requests`, `contexts` and `accepted` of `Seen`, for all rows of a step.
+
+    Args:
+        texts, lengths: see `contexts_of`; without the tokens of this step.
+        numbers: int32 [requests], what each row of a request bears.
+        starts, tokens, parents: see `StepRows`.
+        gained, gained_rows: see `Verified`.
+    """
+    requests = np.empty(len(tokens), np.int32)
+    for request in range(len(starts) - 1):
+        requests[starts[request] : starts[request + 1]] = numbers[request]
+    accepted = np.full(len(tokens), -1, np.int32)
+    for request in range(gained.shape[0]):
+        for place in range(gained.shape[1]):
+            if gained_rows[request, place] >= 0:
+                accepted[gained_rows[request, place]] = gained[request, place]
+    return requests, contexts_of(texts, lengths, starts, tokens, parents), accepted
+
+
 def verify(
     logits: torch.Tensor,
     best: NDArray[np.int32],

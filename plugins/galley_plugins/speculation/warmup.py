@@ -30,18 +30,17 @@ def warm_up(options: SpeculationOptions, vocab_size: int) -> None:
         starts = np.array([0, rows], np.int32)
         tokens = np.concatenate([text[-1:], draft.tokens]).astype(np.int32)
         parents = np.concatenate([[-1], draft.parents + 1]).astype(np.int32)
-        contexts = verification.contexts_of(
-            text[None], np.array([len(text)], np.int32), starts, tokens, parents
-        )
-        assert contexts.shape == (rows, CONTEXT)
         for dtype in (torch.bfloat16, torch.float32):
             top_tokens, top_probs = top_candidates(torch.zeros(rows, vocab_size, dtype=dtype))
         assert top_tokens.shape == (rows, TOP)
         best = np.ascontiguousarray(top_tokens[:, 0])
         gained, taken = verification.walk(best, starts, tokens, parents)
-        accepted = np.full(rows, -1, np.int32)
-        accepted[taken[taken >= 0]] = gained[gained >= 0]
-        drafter.observe(Seen(np.zeros(rows, np.int32), contexts, top_tokens, top_probs, accepted))
+        requests, contexts, accepted = verification.shown(
+            text[None], np.array([len(text)], np.int32), np.zeros(1, np.int32), starts, tokens, parents,
+            gained, taken,
+        )  # fmt: skip
+        assert contexts.shape == (rows, CONTEXT)
+        drafter.observe(Seen(requests, contexts, top_tokens, top_probs, accepted))
         drafter.extend(0, gained[0][gained[0] >= 0])
         drafter.timed(Timing(rows, 1, 0.05))
     drafter.end(0)

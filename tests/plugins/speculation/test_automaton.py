@@ -88,7 +88,7 @@ def test_a_text_that_is_too_long_at_once_keeps_its_end() -> None:
 @pytest.mark.parametrize("unit", [[1], [1, 2], list(range(300)), [1] * 299 + [2], [1] + [2] * 299])
 def test_no_text_outgrows_its_arrays(unit: list[int]) -> None:
     tokens = (unit * 300)[:300]
-    built = automaton.new_automaton(len(tokens))
+    built = automaton.automaton_in(automaton.new_automaton(len(tokens)))
     automaton.extend(built, ids(tokens))
     used, states, edges, _ = built.counts
     assert used == len(tokens) == len(built.text)

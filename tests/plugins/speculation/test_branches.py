@@ -12,12 +12,10 @@ from galley_plugins.speculation.branches import (
 )
 
 BLOCK = 4
-PARENTS = np.array(
-    [-1, 0, 1, 0, -1, 4], np.int32
-)  # depth first: 0 1 2 | 3 under 0 | 4 5 under the last token
+PARENTS = [-1, 0, 1, 0, -1, 4]  # depth first: 0 1 2 | 3 under 0 | 4 5 under the last token
 
 
-def plan_of(computed: int, parents: np.ndarray = PARENTS, free: int = 20) -> BranchPlan:
+def plan_of(computed: int, parents: list[int] = PARENTS, free: int = 20) -> BranchPlan:
     plan = BranchPlan()
     blocks = np.arange(50, 70)
     add_request(plan, 0, 0, len(parents) + 1, parents, computed, blocks, list(range(100, 100 + free)), BLOCK)
@@ -66,7 +64,7 @@ def test_every_row_sees_its_prefix_and_its_ancestors_and_nothing_else(computed: 
             path, node = [], index - 1
             while node >= 0:
                 path.append(("node", node))
-                node = int(PARENTS[node])
+                node = PARENTS[node]
             expected = [("text", at) for at in range(computed)] + [("node", -1)] + path[::-1]
             assert [cache[slot(table, at)] for at in range(position + 1)] == expected
             if index > 0:
@@ -94,7 +92,7 @@ def test_a_branch_that_crosses_a_block_brings_both_back() -> None:
 def test_the_need_for_private_blocks_is_known_beforehand(computed: int) -> None:
     plan = plan_of(computed)
     assert private_blocks(PARENTS, computed, BLOCK) == sum(len(run.blocks) for run in plan.runs)
-    assert private_blocks(np.array([-1, 0, 1], np.int32), computed, BLOCK) == 0
+    assert private_blocks([-1, 0, 1], computed, BLOCK) == 0
 
 
 def test_no_block_is_copied_where_a_branch_starts_a_block() -> None:

@@ -150,7 +150,7 @@ def test_chances_become_what_was_accepted() -> None:
     draft = propose(hybrid, 1000)
     opened = hybrid._requests[1000]
     place = draft.tokens.tolist().index(50)
-    assert opened.chance[place] == pytest.approx(0.5, abs=0.15)
+    assert opened.odds[1, place] == pytest.approx(0.5, abs=0.15)
 
 
 def test_a_step_with_a_tree_teaches_all_its_rows() -> None:
