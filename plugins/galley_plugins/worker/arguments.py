@@ -89,8 +89,7 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
         **_speculation_options(spec, device),
         **({} if spec.quantization.load is None else {"quantization": SERVED_AS}),
         **engine_options(spec.weights, device),
-        # Sums of packed weights are floats in any case; keys and values of 16 bits are read in half the time.
-        **({"dtype": "bfloat16"} if device == "cpu" and _integer_bits(spec, model) else {}),
+        **({"dtype": "bfloat16"} if device == "cpu" and _halves_cache(spec, model) else {}),
     }
     passed = dict(spec.engine)
     plugins = spec.plugin_options()
@@ -232,6 +231,19 @@ def _integer_bits(spec: WorkerSpec, model: Path | str) -> int | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # a model of a hub, or one that is not quantized
     return 8 if 2 * bits.count(8) > len(bits) else 4
+
+
+def _halves_cache(spec: WorkerSpec, model: Path | str) -> bool:
+    """Whether keys and values are to have 16 bits: packed weights' sums are floats in any case."""
+    return _integer_bits(spec, model) is not None and not _has_tiles()
+
+
+def _has_tiles() -> bool:
+    """Whether the processor has AMX: vLLM lays out a bfloat16 cache for it, which compiled passes do not read."""
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def _float32(spec: WorkerSpec) -> bool:

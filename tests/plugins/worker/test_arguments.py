@@ -294,14 +294,17 @@ def test_a_builtin_model_brings_its_options_and_no_other_model_does(
 
 
 def test_packed_weights_keep_keys_and_values_in_16_bits_on_a_cpu(
-    served: Callable[..., Any], parser: argparse.ArgumentParser
+    served: Callable[..., Any], parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(arguments, "_has_tiles", lambda: False)
     quantized = replace(BOTH, weights=BUILTIN, quantization=ServingOptions(load={"method": "finequant"}))
     as_floats = replace(quantized, quantization=ServingOptions({"method": "finequant"}, activations="float"))
     assert served(quantized).dtype == "bfloat16"
     assert served(quantized, dtype="float32").dtype == "float32"
     assert served(as_floats).dtype == "float32"
     assert untouched(parser, served(quantized, "cuda"), "dtype")
+    monkeypatch.setattr(arguments, "_has_tiles", lambda: True)
+    assert served(quantized).dtype == "float32"
 
 
 @pytest.mark.parametrize(
