@@ -239,7 +239,7 @@ def _halves_cache(spec: WorkerSpec, model: Path | str) -> bool:
 
 
 def _has_tiles() -> bool:
-    """Whether the processor has AMX: vLLM lays out a bfloat16 cache for it, which compiled passes do not read."""
+    """Whether the processor has AMX: vLLM then lays out a bfloat16 cache as compiled passes do not read."""
     try:
         return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
