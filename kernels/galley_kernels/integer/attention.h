@@ -17,8 +17,8 @@
 namespace galley {
 
 constexpr int64_t TOKENS = 32, CHUNK = 512;
-constexpr int QUERIES = 3;   // at once: what registers hold
-constexpr int TOGETHER = 48;  // that take the same keys one after the other
+constexpr int QUERIES = 3;        // at once: what registers hold
+constexpr int MOST_QUERIES = 48;  // that take the same keys one after the other
 
 // Where keys and values are, and whose they are; a request's rows are its last tokens.
 struct Attention {
@@ -147,8 +147,8 @@ inline void take(const Past<Number>& past, const Some& some, int64_t first, int6
 template <typename Number>
 inline void attend(const Attention& over, const Number* cache, const int32_t* table, int64_t head, int count,
                    const Number* const* queries, const int64_t* limits, float* const* results) {
-    alignas(32) float scaled[TOGETHER * 512];
-    float most[TOGETHER], total[TOGETHER];
+    alignas(32) float scaled[MOST_QUERIES * 512];
+    float most[MOST_QUERIES], total[MOST_QUERIES];
     for (int q = 0; q < count; ++q) {
         for (int64_t d = 0; d < head; d += 8)
             put(scaled + q * head + d, lanes(queries[q] + d) * static_cast<float>(over.scale));

@@ -257,11 +257,11 @@ void attend_all(const Decoder& decoder, const Step& step, const Attention& over,
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t key_head = 0; key_head < decoder.key_heads; ++key_head)
         for (int64_t first = 0; first < step.rows; first += gather) {
-            float made[galley::TOGETHER * 512];
-            const Number* queries[galley::TOGETHER];
-            int64_t limits[galley::TOGETHER], places[galley::TOGETHER];
-            float* results[galley::TOGETHER];
-            for (int q = 0; q < galley::TOGETHER; ++q) results[q] = made + q * head;
+            float made[galley::MOST_QUERIES * 512];
+            const Number* queries[galley::MOST_QUERIES];
+            int64_t limits[galley::MOST_QUERIES], places[galley::MOST_QUERIES];
+            float* results[galley::MOST_QUERIES];
+            for (int q = 0; q < galley::MOST_QUERIES; ++q) results[q] = made + q * head;
             const int64_t last = std::min(first + gather, step.rows);
             int64_t request = std::upper_bound(over.starts, over.starts + over.requests + 1, first) - over.starts - 1;
             int count = 0;
@@ -282,7 +282,7 @@ void attend_all(const Decoder& decoder, const Step& step, const Attention& over,
                     queries[count] = qkv + row * width + each * head;
                     limits[count] = over.lengths[request] - over.starts[request + 1] + row + 1;
                     places[count] = (row * decoder.query_heads + each) * head;
-                    if (++count == galley::TOGETHER) flush();
+                    if (++count == galley::MOST_QUERIES) flush();
                 }
             }
             flush();
