@@ -28,10 +28,9 @@ PREFILL_TOKENS_PER_CORE = 24
 # Of packed weights beside integers, by their bits: they take a fourth of the time, and a third.
 INTEGER_PREFILL_TOKENS_PER_CORE = {4: 96, 8: 64}
 
-# A token's cost beside those of 4 bits, over what any step takes: on two cores 3.5 ms over 11.5,
-# measured before attention and products became quicker. A first guess: serving measures its own.
-INTEGER_TOKEN_COST = 0.3
-FEW_ROWS_TOKEN_COST = 0.08  # the same beside `galley_plugins.few_rows`
+# A token's cost over what any step takes, on two cores: beside packed weights 1 ms over 13, beside
+# `galley_plugins.few_rows` 1.3 over 18. A first guess: serving measures its own.
+COMPILED_TOKEN_COST = 0.08
 
 EMBED_TOKENS_PER_CORE = 96  # of a step in which only embeddings run; a chat may have to wait for one of them
 EMBED_ALONE_TOKENS_PER_CORE = (
@@ -66,13 +65,10 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
     """Arguments of `vllm serve`, without the program's name and the word `serve`."""
     drafts = spec.speculation
     if device == "cpu" and drafts is not None:
-        cost = None
+        cost = COMPILED_TOKEN_COST if _integer_bits(spec, model) or _float32(spec) else None
         if _integer_bits(spec, model):
-            cost = INTEGER_TOKEN_COST
             # Planning branches takes of such short steps what they bring.
             drafts = replace(drafts, tree="off" if drafts.tree == "auto" else drafts.tree)
-        elif _float32(spec):
-            cost = FEW_ROWS_TOKEN_COST
         spec = replace(
             spec,
             speculation=replace(drafts, token_cost=cost if drafts.token_cost is None else drafts.token_cost),

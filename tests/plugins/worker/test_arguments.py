@@ -18,9 +18,8 @@ from galley_plugins.quantization.serving_options import ServingOptions
 from galley_plugins.speculation.options import SpeculationOptions
 from galley_plugins.worker import arguments
 from galley_plugins.worker.arguments import (
-    FEW_ROWS_TOKEN_COST,
+    COMPILED_TOKEN_COST,
     FREE_ROWS,
-    INTEGER_TOKEN_COST,
     GiB,
     draft_schedule,
     server_arguments,
@@ -237,16 +236,15 @@ def test_drafts_are_chains_where_weights_in_4_bits_meet_integers(
         assert speculation.tree == wanted
 
 
-@pytest.mark.parametrize(("cost", "expected"), [(None, INTEGER_TOKEN_COST), (0.2, 0.2)])
+@pytest.mark.parametrize(("cost", "expected"), [(None, COMPILED_TOKEN_COST), (0.2, 0.2)])
 def test_a_token_is_dearer_beside_compiled_passes_unless_a_user_said(
     cost: float | None, expected: float, served: Callable[..., Any]
 ) -> None:
     drafting = replace(BOTH, speculation=SpeculationOptions(token_cost=cost))
     quantized = replace(drafting, quantization=ServingOptions(load={"method": "finequant"}))
-    floating = FEW_ROWS_TOKEN_COST if cost is None else cost
     for spec, dtype, wanted in (
         (drafting, "bfloat16", cost),
-        (drafting, "float32", floating),
+        (drafting, "float32", expected),
         (quantized, "bfloat16", expected),
     ):
         speculation = options_of(served(spec, "cpu", dtype=dtype)).speculation
