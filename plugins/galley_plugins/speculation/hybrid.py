@@ -128,7 +128,7 @@ class Hybrid:
         for ask in asks:
             opened = self._requests[ask.request]
             limit = min(ask.limit, self.limit)
-            opened.nodes = limit and _grow(
+            opened.nodes = limit and mixing.grow(
                 self._arrays, opened.scope, opened.text.memory, self._mixer, opened.kind, opened.context,
                 limit, not ask.tree, least, opened.shape, opened.odds,
             )  # fmt: skip
@@ -245,28 +245,6 @@ def _absorb(
             context[CONTEXT - 1] = accepted[row]
             taken += 1
     return taken
-
-
-@njit(cache=True)
-def _grow(
-    table: TableArrays,
-    scope: int,
-    text: NDArray[np.int32],
-    mixer_memory: NDArray[np.float32],
-    kind: int,
-    context: NDArray[np.int32],
-    limit: int,
-    chain: bool,
-    least: float,
-    shape: NDArray[np.int32],
-    odds: NDArray[np.float32],
-) -> int:
-    return int(
-        mixing.grow(
-            table, scope, automaton.automaton_in(text), mixing.mixer_in(mixer_memory), kind, context, limit,
-            chain, least, shape[0], shape[1], odds[0], odds[1], shape[2],
-        )
-    )  # fmt: skip
 
 
 @njit(cache=True)

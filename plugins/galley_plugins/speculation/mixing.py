@@ -259,32 +259,35 @@ def teach(c: Candidates, count: int, mixer: Mixer, kind: int, token: int, pace: 
 def grow(
     table: TableArrays,
     scope: int,
-    a: Automaton,
-    mixer: Mixer,
+    text: NDArray[np.int32],
+    mixer_memory: NDArray[np.float32],
     kind: int,
     context: NDArray[np.int32],
     limit: int,
     chain: bool,
     least: float,
-    tokens: NDArray[np.int32],
-    parents: NDArray[np.int32],
-    reach: NDArray[np.float32],
-    chance: NDArray[np.float32],
-    depths: NDArray[np.int32],
+    shape: NDArray[np.int32],
+    odds: NDArray[np.float32],
 ) -> int:
     """Grow a draft best first: always the node that the text most probably reaches next.
 
     Args:
+        text, mixer_memory: see `automaton_in` and `mixer_in`.
         context: int32 [3], the text's last tokens.
         limit: the most nodes.
         chain: every node has at most one child.
         least: nodes reached with a smaller probability are not drafted.
-        tokens, parents, reach, chance, depths: outputs [>= limit]: the draft; the probability that a node is
-            accepted; the same given that its parent is; its depth, 0 for a child of the last token.
+        shape: output int32 [3, >= limit], each node's token, parent and depth, 0 after the last token.
+        odds: output float32 [2, >= limit], the probability that a node is accepted, and the same given that
+            its parent is.
 
     Returns:
-        the number of nodes, in the order of falling `reach`.
+        the number of nodes, in the order of falling probability.
     """
+    a = text_automaton.automaton_in(text)
+    mixer = mixer_in(mixer_memory)
+    tokens, parents, depths = shape[0], shape[1], shape[2]
+    reach, chance = odds[0], odds[1]
     c = new_candidates()
     pool = np.empty(((limit + 1) * (MOST + 1), 4), np.float64)
     states = np.empty(limit + 1, np.int32)
