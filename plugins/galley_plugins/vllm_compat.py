@@ -203,6 +203,11 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "worker-cpu": (
         ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),
+        (
+            "vllm.compilation.decorators",
+            "_try_load_aot_compiled_fn",
+            "finishes loading what inductor compiled by a method that its functions lack",
+        ),
     ),
     "worker-cuda": (("vllm.v1.worker.gpu_worker", "Worker._make_model_runner", "documented for subclasses"),),
     "scheduler": (

@@ -12,6 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from galley_plugins import few_rows, vllm_compat
 from galley_plugins.options import PluginOptions
+from galley_plugins.runners.compiled_passes import loading_compiled
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.report import ReportingWorker
 from galley_plugins.runners.seeds import with_seeded_chunks
@@ -45,6 +46,10 @@ class GalleyCPUWorker(ReportingWorker, CPUWorker):
 
             self._compiled_layers = decoder.install(self.model_runner.model)
         return loaded
+
+    def determine_available_memory(self) -> int:
+        with loading_compiled():  # here vLLM compiles
+            return int(super().determine_available_memory())
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)

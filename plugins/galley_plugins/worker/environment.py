@@ -54,7 +54,7 @@ def worker_environment(
         if not compiled:
             # vLLM's sampler compiles two small functions when a request first needs them, and everyone waits.
             defaults["TORCH_COMPILE_DISABLE"] = "1"
-            defaults[preloading.VARIABLE] = "1"  # compilers start threads, which no fork keeps
+        defaults[preloading.VARIABLE] = "1"
     for name, value in defaults.items():
         environment.setdefault(name, value)
     if device == "cpu":

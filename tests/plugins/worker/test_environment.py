@@ -114,6 +114,14 @@ def test_a_cpu_that_runs_the_model_eagerly_compiles_nothing_else_either(tools: C
     assert worker_environment("cpu", {}, compiled=False)["TORCH_COMPILE_DISABLE"] == "1"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_engine_on_a_cpu_starts_from_one_import(compiled: bool, tools: Callable[..., None]) -> None:
+    tools("c++")
+    assert worker_environment("cpu", {}, compiled=compiled)["GALLEY_PRELOAD"] == "1"
+    assert worker_environment("cpu", {"GALLEY_PRELOAD": "0"}, compiled=compiled)["GALLEY_PRELOAD"] == "0"
+    assert "GALLEY_PRELOAD" not in worker_environment("cuda", {}, compiled=compiled)
+
+
 @pytest.mark.parametrize("compiler", ["c++", "g++", "clang++"])
 def test_a_cpu_with_a_compiler_may_compile(compiler: str, tools: Callable[..., None]) -> None:
     tools(compiler)
