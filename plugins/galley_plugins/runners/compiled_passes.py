@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 @contextmanager
 def loading_compiled() -> Iterator[None]:
     """While it lasts, passes that inductor compiled for vLLM can be loaded."""
-    load = torch.compiler.load_compiled_function
+    load: Any = torch.compiler.load_compiled_function
 
     def complete(*args: Any, **kwargs: Any) -> Any:
         loaded = load(*args, **kwargs)
@@ -29,8 +28,11 @@ def loading_compiled() -> Iterator[None]:
             compiled.finalize_loading = _nothing_left
         return loaded
 
-    with patch.object(torch.compiler, "load_compiled_function", complete):
+    torch.compiler.load_compiled_function = complete
+    try:
         yield
+    finally:
+        torch.compiler.load_compiled_function = load
 
 
 def _nothing_left(config: Any) -> None:
