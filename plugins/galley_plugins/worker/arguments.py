@@ -65,8 +65,9 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
     """Arguments of `vllm serve`, without the program's name and the word `serve`."""
     drafts = spec.speculation
     if device == "cpu" and drafts is not None:
-        cost = COMPILED_TOKEN_COST if _integer_bits(spec, model) or _float32(spec) else None
-        if _integer_bits(spec, model):
+        integers = _integer_bits(spec, model)
+        cost = COMPILED_TOKEN_COST if integers or _float32(spec) else None
+        if integers:
             # Planning branches takes of such short steps what they bring.
             drafts = replace(drafts, tree="off" if drafts.tree == "auto" else drafts.tree)
         spec = replace(
