@@ -19,8 +19,8 @@ from numba import njit
 from galley_plugins.speculation import automaton, mixing, tables
 from galley_plugins.speculation.automaton import Text
 from galley_plugins.speculation.cost import StepCost, least_worthwhile, worthwhile
-from galley_plugins.speculation.drafting import CONTEXT, Ask, Draft, Opening, Seen, Timing, depth_first
-from galley_plugins.speculation.mixing import DEPTHS, Mixer
+from galley_plugins.speculation.drafting import CONTEXT, TOP, Ask, Draft, Opening, Seen, Timing, depth_first
+from galley_plugins.speculation.mixing import DEPTHS, RECENT, Mixer
 from galley_plugins.speculation.store import TableFileError, load_tables, save_tables
 from galley_plugins.speculation.tables import ROWS_LAYOUT, NgramTable, TableArrays, table_from_rows
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PROMPT_WINDOW = 1024  # tokens of a prompt's end whose n-grams enter the table
 TEXT_RATE, TEXT_FIRST = 0.2, 0.3  # how far a prompt moves a prediction; a new one's weight
 RATES = (0.5, 0.6, 0.7)  # how far a prediction moves an older one under one, two, three tokens of context
-PACE = 0.01  # step size of the mixing weights
+PACE = 0.005  # step size of the mixing weights, of which two sets move at once
 DEPTH_PACE = 0.01
 LEAST = 0.02  # nodes that are reached more rarely are never drafted
 TOKEN_COST = 0.03  # see `StepCost`; with float weights on a CPU
@@ -48,6 +48,7 @@ class _Request:
 
     Attributes:
         context: int32 [3], the text's last tokens; -1 before it.
+        recent: int32 [recent, top], predictions at the answer's last rows, newest first; -1 before.
         ahead: tokens that `observe` has added before `extend` brings them.
         nodes: of the draft.
         shape: int32 [3, limit], each node's token, parent and depth.
@@ -62,6 +63,7 @@ class _Request:
         tail = opening.tokens[-CONTEXT:]
         if len(tail):
             self.context[-len(tail) :] = tail
+        self.recent = np.full((RECENT, TOP), -1, np.int32)
         self.ahead = 0
         self.nodes = 0
         self.shape = np.empty((3, limit), np.int32)
@@ -106,7 +108,7 @@ class Hybrid:
             opened.ahead = _absorb(
                 self._arrays, opened.scope, opened.text.memory, self._mixer, opened.kind, seen.contexts,
                 seen.top_tokens, seen.top_probs, seen.accepted, start, stop, opened.shape, opened.odds,
-                opened.nodes, opened.context, self.table.clock,
+                opened.nodes, opened.context, opened.recent, self.table.clock,
             )  # fmt: skip
             opened.nodes = 0
 
@@ -130,7 +132,7 @@ class Hybrid:
             limit = min(ask.limit, self.limit)
             opened.nodes = limit and mixing.grow(
                 self._arrays, opened.scope, opened.text.memory, self._mixer, opened.kind, opened.context,
-                limit, not ask.tree, least, opened.shape, opened.odds,
+                opened.recent, limit, not ask.tree, least, opened.shape, opened.odds,
             )  # fmt: skip
             grown.append(opened)
         reach = [opened.odds[0, : opened.nodes] for opened in grown if opened.nodes]
@@ -205,12 +207,13 @@ def _absorb(
     odds: NDArray[np.float32],
     nodes: int,
     context: NDArray[np.int32],
+    recent: NDArray[np.int32],
     clock: int,
 ) -> int:
     """Learn from one request's rows, `start` to `stop`: its last token, then its draft's nodes.
 
     Returns:
-        the number of tokens that were added to the text and the context.
+        the number of tokens that were added to the text, the context and the recent rows.
     """
     a = automaton.automaton_in(text)
     mixer = mixing.mixer_in(mixer_memory)
@@ -229,8 +232,9 @@ def _absorb(
         if accepted[row] >= 0:
             state, length = automaton.matched(a)
             found = mixing.gather(
-                c, table, scope, a, state, length, contexts[row, 0], contexts[row, 1], contexts[row, 2]
-            )
+                c, table, scope, a, state, length,
+                contexts[row, 0], contexts[row, 1], contexts[row, 2], recent, 0,
+            )  # fmt: skip
             mixing.score(c, found, mixer, kind, 0)
             mixing.teach(c, found, mixer, kind, accepted[row], PACE)
         tables.learn_predictions(
@@ -240,6 +244,9 @@ def _absorb(
         if accepted[row] >= 0:
             token[0] = accepted[row]
             automaton.extend(a, token)
+            for age in range(RECENT - 1, 0, -1):
+                recent[age] = recent[age - 1]
+            recent[0] = top_tokens[row]
             for place in range(CONTEXT - 1):
                 context[place] = context[place + 1]
             context[CONTEXT - 1] = accepted[row]

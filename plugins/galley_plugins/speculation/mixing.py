@@ -3,8 +3,8 @@
 Each source's opinion of a candidate falls into a bin with its own running acceptance rate; the rates are
 added in the logistic domain with weights that gradient steps adapt. This is the logistic mixing of context
 models in data compression (Mahoney, "Adaptive weighing of context models for lossless data compression",
-2005), with candidates of a draft in the place of bits. Every verified position teaches all its candidates,
-drafted or not.
+2005), with candidates of a draft in the place of bits; as there, which weights apply depends on what is
+known. Every verified position teaches all its candidates, drafted or not.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ _LOOKUP_BINS = (_LENGTHS - 1) * _RANKS + 2
 _JOINT_ORDER = 6
 _JOINT_LOOKUP = 6
 _JOINT = _JOINT_ORDER**CONTEXT * _JOINT_LOOKUP
+RECENT = 4  # last rows whose predictions are looked at
+_RECENT_BINS = RECENT * TOP + 1
 _OFFSETS = (0, _ORDER_BINS, 2 * _ORDER_BINS, 3 * _ORDER_BINS, 3 * _ORDER_BINS + _LOOKUP_BINS)
-BINS = _OFFSETS[-1] + _JOINT
-INPUTS = 5  # three orders, the lookup, all of them jointly
+_RECENT_OFFSET = _OFFSETS[-1] + _JOINT
+BINS = _RECENT_OFFSET + _RECENT_BINS
+INPUTS = 6  # three orders, the lookup, all of them jointly, the last rows
+_LENGTH_SETS, _KNOWN_SETS = 4, 6
+SETS = _LENGTH_SETS + _KNOWN_SETS
 DEPTHS = 16
 
 
@@ -46,7 +51,8 @@ class Mixer(NamedTuple):
         rates: float32 [kinds, bins], running acceptance rates.
         counts: float32 [kinds, bins], how many examples each has seen, capped.
         stretched: float32 [kinds, bins], logit of `rates`.
-        weights: float32 [kinds, inputs + 1], of the inputs, and the bias.
+        weights: float32 [kinds, sets, inputs + 1], of the inputs, and the bias; a candidate's are the sum of
+            two sets, by the length of its match and by who else knows of it.
         depth: float32 [kinds, depths], correction in the logistic domain by depth in the draft.
     """
 
@@ -64,7 +70,9 @@ class Candidates(NamedTuple):
         tokens: int32 [most].
         probs: float32 [most, 3], their weight by order; -1 where an order does not have them.
         lookup: int32 [most, 2], match length and rank; 0 without a match.
+        recent: int32 [most], 1 + age * TOP + rank in the last of the recent rows that has it; 0 if none has.
         bins: int32 [most, inputs].
+        sets: int32 [most, 2], its sets of weights.
         scores: float32 [most], their mixed probability.
         known: bool [4], which orders (and the lookup) know the context at all.
     """
@@ -72,7 +80,9 @@ class Candidates(NamedTuple):
     tokens: NDArray[np.int32]
     probs: NDArray[np.float32]
     lookup: NDArray[np.int32]
+    recent: NDArray[np.int32]
     bins: NDArray[np.int32]
+    sets: NDArray[np.int32]
     scores: NDArray[np.float32]
     known: NDArray[np.bool_]
 
@@ -83,12 +93,12 @@ KINDS = 2
 @njit(cache=True)
 def mixer_in(memory: NDArray[np.float32]) -> Mixer:
     """The mixer that lies in one array."""
-    each, weights = KINDS * BINS, KINDS * (INPUTS + 1)
+    each, weights = KINDS * BINS, KINDS * SETS * (INPUTS + 1)
     return Mixer(
         memory[:each].reshape(KINDS, BINS),
         memory[each : 2 * each].reshape(KINDS, BINS),
         memory[2 * each : 3 * each].reshape(KINDS, BINS),
-        memory[3 * each : 3 * each + weights].reshape(KINDS, INPUTS + 1),
+        memory[3 * each : 3 * each + weights].reshape(KINDS, SETS, INPUTS + 1),
         memory[3 * each + weights :].reshape(KINDS, DEPTHS),
     )
 
@@ -107,12 +117,12 @@ def new_mixer() -> NDArray[np.float32]:
             rates[base + (length - 1) * _RANKS + rank] = (1 - 1 / (1 + 0.5 * length)) / (1 + rank)
     rates[base + _LOOKUP_BINS - 2] = 0.02
     rates[base + _LOOKUP_BINS - 1] = 0.05
-    memory = np.zeros(KINDS * (3 * BINS + INPUTS + 1 + DEPTHS), np.float32)
+    memory = np.zeros(KINDS * (3 * BINS + SETS * (INPUTS + 1) + DEPTHS), np.float32)
     mixer: Mixer = mixer_in(memory)
     mixer.rates[:] = rates
     mixer.counts[:] = 1
     mixer.stretched[:] = np.log(rates / (1 - rates))
-    mixer.weights[:] = 0.25, 0.25, 0.25, 0.4, 0.4, 0.4
+    mixer.weights[:, :_LENGTH_SETS] = 0.25, 0.25, 0.25, 0.4, 0.4, 0.5, 1.4
     return memory
 
 
@@ -123,7 +133,9 @@ def new_candidates() -> Candidates:
         np.empty(MOST, np.int32),
         np.empty((MOST, CONTEXT), np.float32),
         np.empty((MOST, 2), np.int32),
+        np.empty(MOST, np.int32),
         np.empty((MOST, INPUTS), np.int32),
+        np.empty((MOST, 2), np.int32),
         np.empty(MOST, np.float32),
         np.empty(CONTEXT + 1, np.bool_),
     )
@@ -156,8 +168,15 @@ def gather(
     c0: int,
     c1: int,
     c2: int,
+    recent: NDArray[np.int32],
+    depth: int,
 ) -> int:
-    """Collect the candidates after (c0, c1, c2) and after the automaton's match; returns how many."""
+    """Collect the candidates after (c0, c1, c2) and after the automaton's match; returns how many.
+
+    Args:
+        recent: int32 [recent, top], the model's predictions at the last rows, newest first; -1 before.
+        depth: of these candidates in the draft: so many rows between are not known yet.
+    """
     count = 0
     for order in range(1, CONTEXT + 1):
         c.known[order - 1] = False
@@ -190,18 +209,32 @@ def gather(
         state = a.link[state]
         if state >= 0:
             length = a.length[state]
+    for index in range(count):
+        c.recent[index] = 0
+    for age in range(depth, RECENT):
+        for rank in range(1, TOP):  # the first is what followed, mostly
+            token = recent[age - depth, rank]
+            if token < 0:
+                break
+            for index in range(count):
+                if c.tokens[index] == token and c.recent[index] == 0:
+                    c.recent[index] = 1 + age * TOP + rank
     return count
 
 
 @njit(cache=True)
 def score(c: Candidates, count: int, mixer: Mixer, kind: int, depth: int) -> None:
-    """Fill `bins` and `scores` of the first `count` candidates."""
+    """Fill `bins`, `sets` and `scores` of the first `count` candidates."""
     stretched = mixer.stretched[kind]
-    weights = mixer.weights[kind]
-    bias = weights[INPUTS] + mixer.depth[kind, min(depth, DEPTHS - 1)]
+    bias = mixer.depth[kind, min(depth, DEPTHS - 1)]
+    longer_known = int(c.known[1]) + int(c.known[2])
     for index in range(count):
+        matched, rank = c.lookup[index, 0], c.lookup[index, 1]
+        c.sets[index, 0] = 0 if matched == 0 else 1 if matched < 3 else 2 if matched < 6 else 3
+        c.sets[index, 1] = _LENGTH_SETS + longer_known + (_KNOWN_SETS // 2 if c.recent[index] else 0)
+        by_length, by_known = mixer.weights[kind, c.sets[index, 0]], mixer.weights[kind, c.sets[index, 1]]
         joint = 0
-        total = bias
+        total = bias + by_length[INPUTS] + by_known[INPUTS]
         for order in range(CONTEXT):
             prob = c.probs[index, order]
             if not c.known[order]:
@@ -214,8 +247,7 @@ def score(c: Candidates, count: int, mixer: Mixer, kind: int, depth: int) -> Non
             joint = joint * _JOINT_ORDER + coarse
             place = order * _ORDER_BINS + at
             c.bins[index, order] = place
-            total += weights[order] * stretched[place]
-        matched, rank = c.lookup[index, 0], c.lookup[index, 1]
+            total += (by_length[order] + by_known[order]) * stretched[place]
         if matched > 0:
             at = (min(matched, _LENGTHS - 1) - 1) * _RANKS + rank
             joint = joint * _JOINT_LOOKUP + 1 + min(matched // 2, 4)
@@ -224,10 +256,13 @@ def score(c: Candidates, count: int, mixer: Mixer, kind: int, depth: int) -> Non
             joint = joint * _JOINT_LOOKUP
         place = CONTEXT * _ORDER_BINS + at
         c.bins[index, CONTEXT] = place
-        total += weights[CONTEXT] * stretched[place]
+        total += (by_length[CONTEXT] + by_known[CONTEXT]) * stretched[place]
         place = CONTEXT * _ORDER_BINS + _LOOKUP_BINS + joint
         c.bins[index, CONTEXT + 1] = place
-        total += weights[CONTEXT + 1] * stretched[place]
+        total += (by_length[CONTEXT + 1] + by_known[CONTEXT + 1]) * stretched[place]
+        place = _RECENT_OFFSET + c.recent[index]
+        c.bins[index, CONTEXT + 2] = place
+        total += (by_length[CONTEXT + 2] + by_known[CONTEXT + 2]) * stretched[place]
         c.scores[index] = 1.0 / (1.0 + math.exp(-total))
 
 
@@ -238,13 +273,15 @@ def teach(c: Candidates, count: int, mixer: Mixer, kind: int, token: int, pace: 
     Args:
         pace: step size of the weights.
     """
-    weights = mixer.weights[kind]
     for index in range(count):
         truth = 1.0 if c.tokens[index] == token else 0.0
         error = pace * (truth - c.scores[index])
+        by_length, by_known = mixer.weights[kind, c.sets[index, 0]], mixer.weights[kind, c.sets[index, 1]]
         for input_ in range(INPUTS):
             place = c.bins[index, input_]
-            weights[input_] += error * mixer.stretched[kind, place]
+            moved = error * mixer.stretched[kind, place]
+            by_length[input_] += moved
+            by_known[input_] += moved
             seen = min(mixer.counts[kind, place] + 1.0, 255.0)
             mixer.counts[kind, place] = seen
             rate = mixer.rates[kind, place]
@@ -252,7 +289,8 @@ def teach(c: Candidates, count: int, mixer: Mixer, kind: int, token: int, pace: 
             mixer.rates[kind, place] = rate
             bounded = min(max(rate, 1e-4), 1 - 1e-4)
             mixer.stretched[kind, place] = math.log(bounded / (1 - bounded))
-        weights[INPUTS] += error
+        by_length[INPUTS] += error
+        by_known[INPUTS] += error
 
 
 @njit(cache=True)
@@ -263,6 +301,7 @@ def grow(
     mixer_memory: NDArray[np.float32],
     kind: int,
     context: NDArray[np.int32],
+    recent: NDArray[np.int32],
     limit: int,
     chain: bool,
     least: float,
@@ -274,6 +313,7 @@ def grow(
     Args:
         text, mixer_memory: see `automaton_in` and `mixer_in`.
         context: int32 [3], the text's last tokens.
+        recent: int32 [recent, top], see `gather`.
         limit: the most nodes.
         chain: every node has at most one child.
         least: nodes reached with a smaller probability are not drafted.
@@ -304,7 +344,7 @@ def grow(
         depth = 0 if node < 0 else depths[node] + 1
         found = gather(
             c, table, scope, a, states[here], lengths[here],
-            contexts[here, 0], contexts[here, 1], contexts[here, 2],
+            contexts[here, 0], contexts[here, 1], contexts[here, 2], recent, depth,
         )  # fmt: skip
         score(c, found, mixer, kind, depth)
         if chain:

@@ -153,6 +153,24 @@ def test_chances_become_what_was_accepted() -> None:
     assert opened.odds[1, place] == pytest.approx(0.5, abs=0.15)
 
 
+def test_what_the_model_weighed_before_tells_equal_candidates_apart() -> None:
+    """After the same text 50 or 60 follows, always the one that was second a token before."""
+    hybrid = drafter()
+    cheap(hybrid)
+    generator = np.random.default_rng(0)
+    text = [5, 6, 7]
+    right = 0
+    for request in range(200):
+        second = 50 if generator.random() < 0.5 else 60
+        hybrid.begin(request, Opening(np.array(text, np.int32)))
+        show(hybrid, request, text, 8, (second,))
+        if request >= 150:
+            right += propose(hybrid, request, tree=False).tokens[0] == second
+        show(hybrid, request, [*text, 8], second, (110 - second,))
+        hybrid.end(request)
+    assert right > 45
+
+
 def test_a_step_with_a_tree_teaches_all_its_rows() -> None:
     hybrid = drafter()
     cheap(hybrid)
