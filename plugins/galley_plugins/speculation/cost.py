@@ -18,6 +18,7 @@ _TRUSTED = 4.0  # measured steps of a knot before others are judged by it
 _PRIOR_VISITS = 4.0  # how many measured steps the first assumption is worth, at each knot
 _MOST_VISITS = 100.0
 _MOST_OVERHEAD = 0.5
+_PAID = 0.85  # share of their cost that tokens beyond the best draft must bring
 _DRIFT = 0.1  # how fast the scale follows the machine
 
 
@@ -115,8 +116,8 @@ def _mend(
 def least_worthwhile(cost: StepCost, requests: int, most: int) -> float:
     """What a candidate that is ever worth drafting is accepted with at least.
 
-    The best draft gains by its last token: (tokens a step) / (cost of it) of the draft before, which is at
-    least that of no draft, times what one more token costs.
+    The last token must bring most of what one more token costs, times (tokens a step) / (cost of it) of the
+    best draft, which is at least that of no draft.
 
     Args:
         most: the most tokens of all drafts.
@@ -134,11 +135,13 @@ def _least(knots: NDArray[np.float64], shape: NDArray[np.float64], requests: int
         here = _at(knots, shape, tokens)
         least = min(least, here - before)
         before = here
-    return requests / first * least
+    return _PAID * requests / first * least
 
 
 def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float = 1.02) -> tuple[int, float]:
-    """How many draft tokens make the most tokens a second, and how much that is worth.
+    """How many draft tokens make about the most tokens a second, and how much that is worth.
+
+    Beyond the best draft follow tokens that bring nearly what they cost: fewer steps at hardly less speed.
 
     Args:
         requests: requests in the next step; each brings one token in any case.
@@ -161,7 +164,7 @@ def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float =
 def _best(
     knots: NDArray[np.float64], shape: NDArray[np.float64], requests: int, reach: NDArray[np.floating[Any]]
 ) -> tuple[int, float]:
-    """How many of the candidates make the most tokens a second, and over none how many more."""
+    """How many candidates to draft, and how many times none's tokens a second the best draft makes."""
     plain = requests / _at(knots, shape, requests)
     expected = float(requests)
     best, most = 0, plain
@@ -170,4 +173,18 @@ def _best(
         speed = expected / _at(knots, shape, requests + count)
         if speed > most:
             best, most = count, speed
-    return best, most / plain
+    if best == 0:
+        return 0, 1.0
+    longest = best
+    before = at_best = _at(knots, shape, requests + best)
+    gained, least = 0.0, np.inf
+    for count in range(best + 1, len(reach) + 1):
+        here = _at(knots, shape, requests + count)
+        least = min(least, here - before)
+        before = here
+        gained += reach[count - 1]
+        if reach[count - 1] < _PAID * most * least:
+            break
+        if gained >= _PAID * most * (here - at_best):
+            longest = count
+    return longest, most / plain

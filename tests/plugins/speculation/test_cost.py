@@ -68,6 +68,13 @@ def test_the_draft_is_cut_where_the_rate_is_best() -> None:
     assert worthwhile(cost, 1, np.array([0.9, 0.5, 0.15])) == (2, pytest.approx(1.0))
 
 
+def test_tokens_that_nearly_pay_are_drafted_too() -> None:
+    """The best draft makes 2.0 tokens in a step of 1.2: a token of 0.1 more must bring 0.2, or nearly so."""
+    cost = StepCost()
+    cost.shape = 0.9 + 0.1 * cost.knots
+    assert worthwhile(cost, 1, np.array([0.9, 0.5, 0.18, 0.18, 0.1])) == (4, pytest.approx(1.0))
+
+
 def test_larger_batches_draft_less() -> None:
     cost = measured(lambda tokens: 0.04 + 0.0015 * tokens)
     reach = np.array([0.6, 0.4, 0.3, 0.2, 0.1, 0.05])
