@@ -201,6 +201,14 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.v1.engine.utils", "get_mp_context", "starts the engine core"),
         ("vllm.v1.executor.multiproc_executor", "get_mp_context", "starts the workers"),
     ),
+    "executor-cpu": (
+        ("vllm.v1.executor.uniproc_executor", "UniProcExecutor._init_executor", "makes the worker"),
+        (
+            "vllm.utils.ompmultiprocessing",
+            "OMPProcessManager.configure_omp_envs",
+            "binds a worker's threads to cores",
+        ),
+    ),
     "worker-cpu": (
         ("vllm.v1.worker.cpu_worker", "CPUModelRunner", "replaced while the worker builds its runner"),
         (

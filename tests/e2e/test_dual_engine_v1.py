@@ -159,8 +159,9 @@ def test_a_seeded_prompt_over_several_chunks_is_sampled_the_same_way_each_time(e
 
 def test_every_process_of_the_engine_reports_the_plugins(engine: Server) -> None:
     status = engine.client.get("/galley/status").json()
-    names = {process["process"] for process in status["processes"]}
-    assert {"MainProcess", "EngineCore"} < names
+    pids = {process["process"]: process["pid"] for process in status["processes"]}
+    assert set(pids) == {"MainProcess", "EngineCore"}
+    assert status["workers"][0]["pid"] == pids["EngineCore"]  # a worker alone needs no process of its own
     assert status["workers"][0]["tasks"] == ["generate", "embed"]
     assert status["workers"][0]["runner_version"] == 1
     assert status["vllm"].startswith("0.32")

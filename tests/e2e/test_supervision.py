@@ -55,6 +55,13 @@ def worker_state(server: Server) -> dict[str, Any]:
     return worker
 
 
+def titles(server: Server) -> list[str]:
+    """Titles or command lines of all processes below the server."""
+    return [
+        " ".join(process.cmdline()) for process in psutil.Process(server.process.pid).children(recursive=True)
+    ]
+
+
 def process_named(server: Server, text: str) -> psutil.Process:
     """The one process below the server whose title or command line has `text`."""
     below = psutil.Process(server.process.pid).children(recursive=True)
@@ -71,6 +78,15 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_the_engine_core_computes_itself_with_threads_bound_to_cores(galley: Server) -> None:
+    galley.chat("Say hi.", max_tokens=4)
+    core = process_named(galley, "VLLM::EngineCor")
+    assert not [name for name in titles(galley) if "VLLM::Worker" in name]
+    bound = [os.sched_getaffinity(thread.id) for thread in core.threads()]
+    helpers = [cores for cores in bound if len(cores) == 1]  # OpenMP's, beside the main thread
+    assert len(helpers) >= min(2, psutil.cpu_count(logical=False) or 1) - 1
 
 
 @pytest.mark.parametrize("victim", ["galley_plugins.worker", "VLLM::EngineCor"])
@@ -140,7 +156,7 @@ def second() -> Iterator[Server]:
 
 def test_no_process_outlives_a_killed_parent(second: Server) -> None:
     pids = processes_of(second)
-    assert len(pids) >= 4  # gateway, API server, engine core, worker
+    assert len(pids) >= 4  # gateway, API server, fork server, engine core
     os.kill(second.process.pid, signal.SIGKILL)
     second.process.wait(10)
     wait_for(lambda: not alive(pids), 10, "every process has ended")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from galley_plugins.embedding.options import WHOLE_PROMPT
 from galley_plugins.models import engine_options
 from galley_plugins.quantization.options import SERVED_AS, QuantizationOptions
+from galley_plugins.worker.environment import runs_intel_openmp
 from galley_plugins.worker.memory import available_bytes
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ EMBED_ALONE_TOKENS_PER_CORE = (
 MOST_STEP_TOKENS = 2048
 
 # In vLLM's registry: the compiled norms of `galley_plugins.cpu_kernels`, and vLLM's for what they refuse.
+ONE_PROCESS = "galley_plugins.runners.cpu_executor.CPUExecutor"
 COMPILED_NORMS = {name: ["galley_cpu", "native"] for name in ("rms_norm", "fused_add_rms_norm")}
 
 # Rows of a step up to which a GPU waits for weights in 16 bits, not for products: on an H200 790 TFLOP/s over
@@ -188,6 +190,9 @@ def _cpu_options(spec: WorkerSpec, model: Path | str) -> dict[str, Any]:
         each = EMBED_ALONE_TOKENS_PER_CORE
     prefill = min(max(cores * each, 48), MOST_STEP_TOKENS)
     common: dict[str, Any] = {"kv-cache-memory-bytes": min(2 * GiB, available_bytes() // 4)}
+    parts = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+    if runs_intel_openmp(os.environ) and all(int(spec.engine.get(part) or 1) == 1 for part in parts):
+        common["distributed-executor-backend"] = ONE_PROCESS
     if not spec.compiled:  # torch.compile fuses by itself
         common["ir-op-priority"] = COMPILED_NORMS
     if spec.engine.get("enable-lora"):

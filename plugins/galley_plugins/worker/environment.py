@@ -74,10 +74,19 @@ def preloaded_libraries() -> list[Path]:
     tcmalloc = _system_library("libtcmalloc_minimal.so.4") or _system_library("libtcmalloc.so.4")
     if tcmalloc is not None:
         libraries.append(tcmalloc)
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if openmp.is_file():
-        libraries.append(openmp)
+    if _openmp().is_file():
+        libraries.append(_openmp())
     return libraries
+
+
+def runs_intel_openmp(current: Mapping[str, str]) -> bool:
+    """Whether a worker on a CPU, started from this environment, has Intel's OpenMP runtime."""
+    own = current.get("LD_PRELOAD", "")
+    return "libiomp" in own or _openmp().is_file()
+
+
+def _openmp() -> Path:
+    return Path(sys.prefix) / "lib" / "libiomp5.so"
 
 
 def _system_library(name: str) -> Path | None:

@@ -2,4 +2,5 @@
 
 import vllm.v1.engine.core
 import vllm.v1.executor.multiproc_executor
+import vllm.v1.executor.uniproc_executor
 import vllm.v1.worker.cpu_worker  # noqa: F401

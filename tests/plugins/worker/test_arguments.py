@@ -485,3 +485,15 @@ def test_cuda_keeps_vllms_own_batch_which_is_larger(
     values = served(replace(BOTH, embedding=TP), "cuda")
     assert untouched(parser, values, "max_num_batched_tokens")
     assert options_of(values).step_tokens is None
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_a_worker_alone_shares_the_engine_core_s_process(
+    openmp: bool, served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "runs_intel_openmp", lambda _: openmp)
+    assert served(BOTH).distributed_executor_backend == (arguments.ONE_PROCESS if openmp else None)
+    assert served(BOTH, tensor_parallel_size=2).distributed_executor_backend is None
+    assert served(BOTH, data_parallel_size=2).distributed_executor_backend is None
+    assert served(BOTH, distributed_executor_backend="mp").distributed_executor_backend == "mp"
+    assert served(BOTH, "cuda").distributed_executor_backend is None
