@@ -18,7 +18,7 @@ _TRUSTED = 4.0  # measured steps of a knot before others are judged by it
 _PRIOR_VISITS = 4.0  # how many measured steps the first assumption is worth, at each knot
 _MOST_VISITS = 100.0
 _MOST_OVERHEAD = 0.5
-_PAID = 0.85  # share of their cost that tokens beyond the best draft must bring
+_PAID, _FEW = 0.85, 4  # in smaller batches, tokens beyond the best draft bring this share of their cost
 _DRIFT = 0.1  # how fast the scale follows the machine
 
 
@@ -135,13 +135,18 @@ def _least(knots: NDArray[np.float64], shape: NDArray[np.float64], requests: int
         here = _at(knots, shape, tokens)
         least = min(least, here - before)
         before = here
-    return _PAID * requests / first * least
+    return _share(requests) * requests / first * least
+
+
+@njit(cache=True)
+def _share(requests: int) -> float:
+    return _PAID if requests < _FEW else 1.0
 
 
 def worthwhile(cost: StepCost, requests: int, reach: np.ndarray, margin: float = 1.02) -> tuple[int, float]:
     """How many draft tokens make about the most tokens a second, and how much that is worth.
 
-    Beyond the best draft follow tokens that bring nearly what they cost: fewer steps at hardly less speed.
+    Beside few requests, tokens that bring nearly what they cost follow: fewer steps at hardly less speed.
 
     Args:
         requests: requests in the next step; each brings one token in any case.
@@ -173,8 +178,9 @@ def _best(
         speed = expected / _at(knots, shape, requests + count)
         if speed > most:
             best, most = count, speed
-    if best == 0:
-        return 0, 1.0
+    share = _share(requests)
+    if best == 0 or share == 1.0:
+        return best, most / plain
     longest = best
     before = at_best = _at(knots, shape, requests + best)
     gained, least = 0.0, np.inf
@@ -183,8 +189,8 @@ def _best(
         least = min(least, here - before)
         before = here
         gained += reach[count - 1]
-        if reach[count - 1] < _PAID * most * least:
+        if reach[count - 1] < share * most * least:
             break
-        if gained >= _PAID * most * (here - at_best):
+        if gained >= share * most * (here - at_best):
             longest = count
     return longest, most / plain

@@ -75,6 +75,14 @@ def test_tokens_that_nearly_pay_are_drafted_too() -> None:
     assert worthwhile(cost, 1, np.array([0.9, 0.5, 0.18, 0.18, 0.1])) == (4, pytest.approx(1.0))
 
 
+def test_in_a_batch_tokens_must_pay_in_full() -> None:
+    """The best draft makes 8.9 tokens in a step of 1.7, so 0.1 more must bring 0.52; alone 0.16 for 0.19 do."""
+    cost = StepCost()
+    cost.shape = 0.8 + 0.1 * cost.knots
+    assert worthwhile(cost, 8, np.array([0.9, 0.47]))[0] == 1
+    assert worthwhile(cost, 1, np.array([0.9, 0.18]))[0] == 2
+
+
 def test_larger_batches_draft_less() -> None:
     cost = measured(lambda tokens: 0.04 + 0.0015 * tokens)
     reach = np.array([0.6, 0.4, 0.3, 0.2, 0.1, 0.05])
