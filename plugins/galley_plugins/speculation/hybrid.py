@@ -3,8 +3,9 @@
 Sources: the model's own predictions under one, two and three tokens of context (Token Recycling's matrix and
 ADED's tri-grams, with probabilities in the place of ranks and counts), what followed what in prompts, and the
 request's own text through its suffix automaton. `mixing` turns their opinions into one probability that a
-candidate is accepted; `cost` says what one more token costs. The draft of a step is the set of nodes that
-makes the most tokens a second over the whole batch.
+candidate is accepted, looking at the last rows' predictions too; `cost` says what one more token costs. The
+draft of a step is the set of nodes that makes the most tokens a second over the whole batch, or in a small
+one a few more that nearly pay.
 """
 
 from __future__ import annotations

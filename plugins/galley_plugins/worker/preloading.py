@@ -1,9 +1,9 @@
-"""Processes of an engine by fork from one that has imported everything: one import of vLLM in place of three.
+"""Processes of an engine by fork from one that has imported everything: one import of vLLM for all.
 
-On a CPU vLLM spawns its engine core, which spawns its workers: fresh interpreters, each of which imports
-torch, transformers and vLLM before it does anything. Here the API server imports for all of them, then forks
-a fork server, from which both are forked as `multiprocessing` forks them. What is imported must start no
-thread and not compute with OpenMP, since no thread survives a fork.
+On a CPU vLLM spawns its engine core, which spawns its workers where there are several: fresh interpreters,
+each of which imports torch, transformers and vLLM before it does anything. Here the API server imports for
+all of them, then forks a fork server, from which they are forked as `multiprocessing` forks them. What is
+imported must start no thread and not compute with OpenMP, since no thread survives a fork.
 
 Each process gets the environment and the cores of the one that starts it, as a spawned one would: vLLM binds
 the threads of a worker to cores through both, and the OpenMP runtime binds the fork server to one of them. It
