@@ -150,6 +150,12 @@ def test_a_misspelt_variable_stops_the_start(monkeypatch):
     load()
 
 
+@pytest.mark.parametrize("name", ["GALLEY_FEW_ROWS", "GALLEY_PRELOAD"])
+def test_variables_of_workers_that_the_readme_names_may_be_set(monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    load()
+
+
 def test_a_wrong_variable_is_named_by_its_key(monkeypatch):
     monkeypatch.setenv("GALLEY_GATEWAY__PORT", "many")
     [found] = problems()
