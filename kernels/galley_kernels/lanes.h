@@ -1,4 +1,4 @@
-// Eight floats at a time, and what is computed with them.
+// Eight floats at a time, or sixteen, and what is computed with them.
 
 #pragma once
 
@@ -10,6 +10,10 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define GALLEY_AVX2 1
+#endif
+#if defined(GALLEY_AVX2) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512VNNI__)
+#define GALLEY_AVX512 1
 #endif
 
 namespace galley {
@@ -61,6 +65,30 @@ inline Lanes fused(Lanes one, Lanes other, Lanes more) {
 #endif
 }
 inline Lanes all(float value) { return Lanes{value, value, value, value, value, value, value, value}; }
+
+#ifdef GALLEY_AVX512
+typedef float Wide __attribute__((vector_size(64)));
+
+// Eight of the one and eight of the other.
+inline Wide lanes(const float* one, const float* other) {
+    const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(_mm256_loadu_ps(one)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(_mm256_loadu_ps(other)), 1));
+}
+inline Wide lanes(const uint16_t* one, const uint16_t* other) {
+    const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(one)));
+    const __m256i both = _mm256_inserti128_si256(low, _mm_loadu_si128(reinterpret_cast<const __m128i*>(other)), 1);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(both), 16));
+}
+inline Wide once(Wide value) {
+    asm("" : "+v"(value));
+    return value;
+}
+inline void put(float* one, float* other, Wide value) {
+    _mm256_storeu_ps(one, _mm512_castps512_ps256(value));
+    _mm256_storeu_ps(other, _mm512_extractf32x8_ps(value, 1));
+}
+inline Wide fused(Wide one, Wide other, Wide more) { return _mm512_fmadd_ps(one, other, more); }
+#endif
 
 // e to the power of x: 2 to a whole number times a polynomial of what is left (the coefficients of Cephes' expf).
 inline Lanes exponential(Lanes x) {

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galley_kernels import PackedMatrix, pack_codes
+from galley_kernels import PackedMatrix, compiler, pack_codes
 from galley_kernels.bench import random_matrix, relative_error
 from galley_kernels.integer import (
     DecoderLayer,
@@ -18,7 +22,9 @@ from galley_kernels.integer import (
     IntegerLinear,
     InterleavedMatrix,
     available,
+    interleaved,
 )
+from galley_kernels.integer import linear as kernels_linear
 from galley_kernels.integer.interleaved import FloatMatrix
 from galley_kernels.integer.linear import exact, rounded
 
@@ -55,6 +61,44 @@ def test_products_are_those_of_rounded_activations(
     assert relative_error(found, exact(x, matrix)) < TOLERANCE[bits] + DTYPES[dtype]
     whole = x.double() @ matrix.dequantize(torch.float64).T
     assert relative_error(found, whole) < ROUNDED[bits] + TOLERANCE[bits] + DTYPES[dtype]
+
+
+def has_avx512() -> bool:
+    try:
+        found = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return {"avx2", "fma", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= set(found)
+
+
+@pytest.fixture(scope="module")
+def narrower(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The compiled code for a processor with AVX2 and nothing newer."""
+    built = tmp_path_factory.mktemp("narrower") / "decoder.so"
+    source = Path(interleaved.__file__).parent / "decoder.cpp"
+    less = ["-mno-avx512f", "-mno-avxvnni"]
+    compiled = [os.environ.get("CXX") or "c++", *compiler.FLAGS, *less, str(source), "-o", str(built)]
+    subprocess.run(compiled, check=True, timeout=compiler.BUILD_SECONDS, capture_output=True)
+    return interleaved.typed(ctypes.CDLL(str(built)))
+
+
+@pytest.mark.skipif(not has_avx512(), reason="no processor with AVX-512, or another system")
+@pytest.mark.parametrize("rows", [1, 5, 8, 13, 16, 48, 100])
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_wider_registers_make_the_same_numbers(
+    bits: int, rows: int, narrower: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(rows)
+    inputs, outputs = 192, 56  # seven panels
+    if bits < 16:
+        linear = IntegerLinear([random_matrix(inputs, outputs, bits, 64, torch.bfloat16, "cpu", 0.02)])
+    else:
+        weights = torch.randn(outputs, inputs)
+        linear = FloatLinear(weights.bfloat16() if bits == 16 else weights)
+    x = torch.randn(rows, inputs) * torch.logspace(-2, 2, inputs)
+    found = linear(x)
+    monkeypatch.setattr(kernels_linear, "library", lambda: narrower)
+    assert torch.equal(found, linear(x))
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,14 +12,19 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "../lanes.h"
 
 namespace galley {
 
-constexpr int64_t BLOCK = 32, PANEL = 8, TILE = 4;
+constexpr int64_t BLOCK = 32, PANEL = 8;
+#ifdef GALLEY_AVX512
+constexpr int TILE = 8;  // rows whose sums registers hold
+#else
+constexpr int TILE = 4;
+#endif
 constexpr int64_t SLAB = 48;    // rows at a time, at most: their activations stay in a core's cache
-constexpr int64_t WIDEST = 6;   // rows of a tile, beside floating weights
 constexpr int64_t SUMMED = 64;  // products of floats, whose roundings add up
 
 inline float wide(const void* data, int is_float, int64_t at) {
@@ -140,7 +145,7 @@ inline void round_row(const Activations& to, int64_t row, int64_t rows, int64_t 
         }
     }
     if (needs.tiles) {
-        const int64_t first = row / TILE * TILE, width = std::min(TILE, rows - first);
+        const int64_t first = row / TILE * TILE, width = std::min<int64_t>(TILE, rows - first);
         float* tile = to.tiles + first * inputs + row - first;
         for (int64_t i = 0; i < inputs; ++i) tile[i * width] = x[i];
     }
@@ -230,9 +235,92 @@ inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& r
     }
 }
 
+#ifdef GALLEY_AVX512
+
+inline __m512i side_by_side(__m256i one, __m256i other) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1);
+}
+
+template <typename Number>
+inline __m512i spread_wide(const Number* from) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// `block_sums` of two panels, side by side.
+template <int BITS, int ROWS>
+inline void pair_block(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
+                       int64_t from, const int32_t* starts, int64_t blocks, __m512i* sum) {
+    for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_set1_epi32(BITS == 4 ? starts[r * blocks] : 0);
+    if (BITS == 4) {
+        const __m512i low = _mm512_set1_epi8(15);
+        const int8_t* x = rows.bytes + row * inputs + from;
+        for (int step = 0; step < BLOCK / 8; ++step) {
+            const __m256i* one = reinterpret_cast<const __m256i*>(codes) + step;
+            const __m256i* other = reinterpret_cast<const __m256i*>(codes + apart) + step;
+            const __m512i both = side_by_side(_mm256_loadu_si256(one), _mm256_loadu_si256(other));
+            const __m512i left = _mm512_and_si512(both, low);
+            const __m512i right = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            for (int r = 0; r < ROWS; ++r) {
+                const int8_t* own = x + r * inputs + 8 * step;
+                sum[r] = _mm512_dpbusd_epi32(sum[r], left, spread_wide(own));
+                sum[r] = _mm512_dpbusd_epi32(sum[r], right, spread_wide(own + 4));
+            }
+        }
+    } else {
+        const int16_t* x = rows.words + row * inputs + from;
+        for (int step = 0; step < BLOCK / 2; ++step) {
+            const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + step);
+            const __m128i other = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + apart) + step);
+            const __m512i some = _mm512_cvtepi8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1));
+            for (int r = 0; r < ROWS; ++r)
+                sum[r] = _mm512_dpwssd_epi32(sum[r], some, spread_wide(x + r * inputs + 2 * step));
+        }
+    }
+}
+
+// Sums [2][ROWS][8] of two panels.
+template <int BITS, int ROWS>
+inline void pair_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
+    const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
+    const int64_t apart = PANEL * inputs * BITS / 8, bytes = PANEL * BLOCK * BITS / 8;  // of a panel, of its block
+    const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
+    const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * blocks;
+    const int32_t* starts = BITS == 4 ? rows.starts + row * blocks : nullptr;
+    __m512 total[ROWS];
+    for (int r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
+    for (int64_t group = 0; group < groups; ++group) {
+        __m512 part[ROWS];
+        for (int r = 0; r < ROWS; ++r) part[r] = _mm512_setzero_ps();
+        for (int64_t block = group * each; block < (group + 1) * each; ++block) {
+            if (!row)  // see `panel_sums`
+                for (int64_t line = 0; line < 2 * bytes; line += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(codes) + 2 * (apart + block * bytes) + line,
+                                 _MM_HINT_T0);
+            __m512i sum[ROWS];
+            pair_block<BITS, ROWS>(codes + block * bytes, apart, rows, row, inputs, block * BLOCK, starts + block,
+                                   blocks, sum);
+            for (int r = 0; r < ROWS; ++r)
+                part[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), _mm512_set1_ps(scales[r * blocks + block]),
+                                          part[r]);
+        }
+        const __m256 one = eight_scales(matrix, (panel * groups + group) * PANEL);
+        const __m256 other = eight_scales(matrix, ((panel + 1) * groups + group) * PANEL);
+        const __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(one), other, 1);
+        for (int r = 0; r < ROWS; ++r) total[r] = _mm512_fmadd_ps(scale, part[r], total[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) put(found + r * PANEL, found + (ROWS + r) * PANEL, total[r]);
+}
+
+#endif
+
 // Sums [PANELS][ROWS][8] of neighbouring panels.
 template <int BITS, int ROWS, int PANELS>
 inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
+#ifdef GALLEY_AVX512
+    if constexpr (PANELS == 2) return pair_sums<BITS, ROWS>(matrix, panel, rows, row, found);
+#endif
     const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
     const int64_t apart = PANEL * inputs * BITS / 8;
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
@@ -310,23 +398,52 @@ struct Ahead {
     int64_t apart, input, due, every;  // bytes from panel to panel and from input to input; inputs
 };
 
+// What registers hold beside floating weights: of PANELS panels of outputs, sums of up to WIDEST rows.
+template <int PANELS>
+struct Held {
+    using Register = Lanes;
+    static constexpr int REGISTERS = PANELS, WIDEST = 6;
+    static Register same(float value) { return all(value); }
+    template <typename Weight>
+    static Register read(const Weight* from, int64_t) {
+        return lanes(from);
+    }
+    static void write(float* to, int64_t, Register value) { put(to, value); }
+};
+#ifdef GALLEY_AVX512
+template <>
+struct Held<2> {
+    using Register = Wide;
+    static constexpr int REGISTERS = 1, WIDEST = 12;
+    static Register same(float value) { return _mm512_set1_ps(value); }
+    template <typename Weight>
+    static Register read(const Weight* from, int64_t apart) {
+        return lanes(from, from + apart);
+    }
+    static void write(float* to, int64_t apart, Register value) { put(to, to + apart, value); }
+};
+#endif
+
 // Floating weights: a row's products are added in the order of the inputs, and sums of 64 to each other. This adds
 // those of up to 64 inputs, `count`, to total [PANELS][..][8], whose panels are `rows` rows apart. If KEPT, the
 // weights are left as floats in `kept` [PANELS][64][8]. A line of the cache is LINE inputs of the weights in memory.
 template <typename Weight, int ROWS, int PANELS, bool KEPT, int LINE>
 inline void add_floats(const Weight* weights, int64_t apart, const float* x, int64_t inputs, int64_t count,
                        float* total, int64_t rows, Ahead ahead, float* kept) {
-    Lanes part[PANELS][ROWS];
-    for (int p = 0; p < PANELS; ++p)
-        for (int r = 0; r < ROWS; ++r) part[p][r] = all(0);
+    using Here = Held<PANELS>;
+    constexpr int REGISTERS = Here::REGISTERS;
+    typename Here::Register part[REGISTERS][ROWS];
+    for (int p = 0; p < REGISTERS; ++p)
+        for (int r = 0; r < ROWS; ++r) part[p][r] = Here::same(0);
     const auto add = [&](int64_t i) {
-        Lanes some[PANELS];
-        for (int p = 0; p < PANELS; ++p) some[p] = once(lanes(weights + p * apart + i * PANEL));
+        typename Here::Register some[REGISTERS];
+        for (int p = 0; p < REGISTERS; ++p) some[p] = once(Here::read(weights + p * apart + i * PANEL, apart));
         if (KEPT)
-            for (int p = 0; p < PANELS; ++p) put(kept + (p * SUMMED + i) * PANEL, some[p]);
+            for (int p = 0; p < REGISTERS; ++p)
+                Here::write(kept + (p * SUMMED + i) * PANEL, SUMMED * PANEL, some[p]);
         for (int r = 0; r < ROWS; ++r) {
-            const Lanes one = all(x[r * inputs + i]);
-            for (int p = 0; p < PANELS; ++p) part[p][r] = fused(some[p], one, part[p][r]);
+            const typename Here::Register one = Here::same(x[r * inputs + i]);
+            for (int p = 0; p < REGISTERS; ++p) part[p][r] = fused(some[p], one, part[p][r]);
         }
     };
     int64_t i = 0;
@@ -342,21 +459,23 @@ inline void add_floats(const Weight* weights, int64_t apart, const float* x, int
         for (int64_t k = 0; k < LINE; ++k) add(i + k);
     }
     for (; i < count; ++i) add(i);
-    for (int p = 0; p < PANELS; ++p)
+    for (int p = 0; p < REGISTERS; ++p)
         for (int r = 0; r < ROWS; ++r) {
             float* to = total + (p * rows + r) * PANEL;
-            put(to, lanes(to) + part[p][r]);
+            Here::write(to, rows * PANEL, Here::read(to, rows * PANEL) + part[p][r]);
         }
 }
 
-// The same for a tile of 1 to 6 rows.
+// The same for a tile of so many rows.
+template <typename Weight, int PANELS, bool KEPT, int LINE, int... LESS>
+inline auto adding(int64_t rows, std::integer_sequence<int, LESS...>) {
+    static constexpr decltype(&add_floats<Weight, 1, PANELS, KEPT, LINE>) by_rows[] = {
+        add_floats<Weight, LESS + 1, PANELS, KEPT, LINE>...};
+    return by_rows[rows - 1];
+}
 template <typename Weight, int PANELS, bool KEPT, int LINE>
 inline auto adding(int64_t rows) {
-    static constexpr decltype(&add_floats<Weight, 1, PANELS, KEPT, LINE>) by_rows[WIDEST] = {
-        add_floats<Weight, 1, PANELS, KEPT, LINE>, add_floats<Weight, 2, PANELS, KEPT, LINE>,
-        add_floats<Weight, 3, PANELS, KEPT, LINE>, add_floats<Weight, 4, PANELS, KEPT, LINE>,
-        add_floats<Weight, 5, PANELS, KEPT, LINE>, add_floats<Weight, 6, PANELS, KEPT, LINE>};
-    return by_rows[rows - 1];
+    return adding<Weight, PANELS, KEPT, LINE>(rows, std::make_integer_sequence<int, Held<PANELS>::WIDEST>());
 }
 
 // Rows are taken in tiles as even as can be, all of them over 64 inputs before the next 64. Of more than two tiles
@@ -364,6 +483,7 @@ inline auto adding(int64_t rows) {
 template <typename Weight, int PANELS>
 inline void floating_rows(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, float* out,
                           int64_t stride) {
+    constexpr int64_t WIDEST = Held<PANELS>::WIDEST;
     const int64_t inputs = matrix.inputs, apart = PANEL * inputs, tiles = (rows + WIDEST - 1) / WIDEST;
     const int64_t low = rows / tiles, higher = rows % tiles;  // tiles of one row more
     const Weight* weights = static_cast<const Weight*>(matrix.codes) + panel * apart;
@@ -429,19 +549,22 @@ inline void some_rows(const Matrix& matrix, int64_t panel, const Activations& ro
     }
 }
 
+// The same for a tile of so many rows.
+template <int BITS, int PANELS, int... LESS>
+inline auto tile_of(int64_t rows, std::integer_sequence<int, LESS...>) {
+    static constexpr decltype(&some_rows<BITS, 1, PANELS>) by_rows[] = {some_rows<BITS, LESS + 1, PANELS>...};
+    return by_rows[rows - 1];
+}
+
 template <int BITS, int PANELS>
 inline void all_rows(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, float* out,
                      int64_t stride) {
     if constexpr (BITS > 8) {
         floating_rows<std::conditional_t<BITS == 16, uint16_t, float>, PANELS>(matrix, panel, from, rows, out, stride);
     } else {
-        for (int64_t row = 0; row < rows; row += TILE) {
-            auto some = rows - row >= 4   ? some_rows<BITS, 4, PANELS>
-                        : rows - row == 3 ? some_rows<BITS, 3, PANELS>
-                        : rows - row == 2 ? some_rows<BITS, 2, PANELS>
-                                          : some_rows<BITS, 1, PANELS>;
-            some(matrix, panel, from, row, out, stride);
-        }
+        for (int64_t row = 0; row < rows; row += TILE)
+            tile_of<BITS, PANELS>(std::min<int64_t>(TILE, rows - row), std::make_integer_sequence<int, TILE>())(
+                matrix, panel, from, row, out, stride);
     }
 }
 
