@@ -32,7 +32,13 @@ class Matrix(ctypes.Structure):
 def library() -> Any:
     """The compiled code, built the first time; None where there is no compiler."""
     folder = Path(__file__).parent
-    headers = (folder / "attention.h", folder / "products.h", folder.parent / "lanes.h")
+    headers = (
+        folder / "attention.h",
+        folder / "matrix.h",
+        folder / "products.h",
+        folder / "tiles.h",
+        folder.parent / "lanes.h",
+    )
     found = compiler.load(folder / "decoder.cpp", *headers)
     return None if found is None else typed(found)
 

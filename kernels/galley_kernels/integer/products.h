@@ -1,9 +1,7 @@
 // Products of 4- and 8-bit weights with activations that are integers too, and of floating ones as they are.
 //
-// Eight neighbouring outputs are a panel. Beside weights that are integers, activations become integers by blocks
-// of 32, each with a scale of its own: 8 bits beside 4-bit weights, 16 bits beside 8-bit ones, so that a block's
-// sum of products is exact. Sums of blocks are floats, added in the order of the inputs however many rows there
-// are: a row's result does not depend on its neighbours. Layouts are those of interleaved.py.
+// Sums of blocks are floats, added in the order of the inputs however many rows there are: a row's result does not
+// depend on its neighbours, nor on how wide registers are.
 
 #pragma once
 
@@ -14,151 +12,12 @@
 #include <type_traits>
 #include <utility>
 
-#include "../lanes.h"
+#include "matrix.h"
+#include "tiles.h"
 
 namespace galley {
 
-constexpr int64_t BLOCK = 32, PANEL = 8;
-#ifdef GALLEY_AVX512
-constexpr int TILE = 8;  // rows whose sums registers hold
-#else
-constexpr int TILE = 4;
-#endif
-constexpr int64_t SLAB = 48;    // rows at a time, at most: their activations stay in a core's cache
-constexpr int64_t SUMMED = 64;  // products of floats, whose roundings add up
-
-inline float wide(const void* data, int is_float, int64_t at) {
-    if (is_float) return static_cast<const float*>(data)[at];
-    uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// A weight apart: an input and what it adds to its product.
-struct Apart {
-    int32_t column;
-    float value;
-};
-
-// Outputs `first` and up of a map; `starts` is null where no weights are apart. Of 16 bits (bfloat16) or 32, codes
-// are the weights themselves, [panels][inputs][8].
-struct Matrix {
-    const void* codes;
-    const void* scales;     // [panels][groups][8]
-    const int32_t* starts;  // [outputs + 1]
-    const Apart* apart;
-    int64_t first, outputs, inputs, groups;
-    int32_t bits, scales_wide;
-};
-
-// Rows of activations as integers by blocks, and as they are.
-struct Activations {
-    float* x;        // [rows][inputs]
-    float* tiles;    // [tiles][inputs][rows of the tile], beside weights apart
-    int8_t* bytes;   // [rows][inputs], beside 4-bit weights
-    int16_t* words;  // [rows][inputs], beside 8-bit weights
-    float* byte_scales;
-    float* word_scales;  // [rows][blocks]
-    int32_t* starts;     // [rows][blocks]: of `start_of`
-};
-
-// What a map's matrices need of activations.
-struct Needs {
-    bool bytes, words, tiles;
-};
-
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-#define GALLEY_VNNI 1
-#endif
-
-// Where a block's sum of products with 4-bit codes starts, which are 8 too large; `sum` is of its activations.
-inline int32_t start_of(int32_t sum) {
-#if defined(GALLEY_AVX2) && !defined(GALLEY_VNNI)
-    return ((-4 * sum) & 0xffff) * 0x10001u;  // half in each of the two sums of 16 bits
-#else
-    return -8 * sum;
-#endif
-}
-
-inline float largest(const float* x) {
 #ifdef GALLEY_AVX2
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 most = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
-    for (int i = 8; i < BLOCK; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
-    __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
-    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
-#else
-    float most = 0;
-    for (int i = 0; i < BLOCK; ++i) most = std::max(most, std::fabs(x[i]));
-    return most;
-#endif
-}
-
-// 32 numbers times `by`, rounded to the nearest integer.
-template <typename Integer>
-inline int32_t round_block(const float* x, float by, Integer* made) {
-    int32_t sum = 0;
-#ifdef GALLEY_AVX2
-    const __m256 factor = _mm256_set1_ps(by);
-    __m256i some[4];
-    for (int i = 0; i < 4; ++i) some[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), factor));
-    if (sizeof(Integer) == 1) {
-        const __m256i total = _mm256_add_epi32(_mm256_add_epi32(some[0], some[1]), _mm256_add_epi32(some[2], some[3]));
-        __m128i half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-        sum = _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-        const __m256i packed =
-            _mm256_packs_epi16(_mm256_packs_epi32(some[0], some[1]), _mm256_packs_epi32(some[2], some[3]));
-        const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(made), _mm256_permutevar8x32_epi32(packed, order));
-    } else {
-        for (int i = 0; i < 2; ++i)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(made) + i,
-                                _mm256_permute4x64_epi64(_mm256_packs_epi32(some[2 * i], some[2 * i + 1]), 0xd8));
-    }
-#else
-    for (int i = 0; i < BLOCK; ++i) {
-        made[i] = static_cast<Integer>(std::nearbyint(x[i] * by));
-        sum += made[i];
-    }
-#endif
-    return sum;
-}
-
-// What is needed of a row, one of `rows`; blocks of zeros, or too small for a scale, become zeros.
-inline void round_row(const Activations& to, int64_t row, int64_t rows, int64_t inputs, Needs needs) {
-    const float* x = to.x + row * inputs;
-    const int64_t blocks = needs.bytes || needs.words ? inputs / BLOCK : 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const float most = largest(x + block * BLOCK);
-        const int64_t at = row * (inputs / BLOCK) + block, from = row * inputs + block * BLOCK;
-        const bool some = most > 1e-30f;
-        if (needs.bytes) {
-            to.byte_scales[at] = most / 127;
-            to.starts[at] = start_of(round_block(x + block * BLOCK, some ? 127 / most : 0, to.bytes + from));
-        }
-        if (needs.words) {
-            to.word_scales[at] = most / 32767;
-            round_block(x + block * BLOCK, some ? 32767 / most : 0, to.words + from);
-        }
-    }
-    if (needs.tiles) {
-        const int64_t first = row / TILE * TILE, width = std::min<int64_t>(TILE, rows - first);
-        float* tile = to.tiles + first * inputs + row - first;
-        for (int64_t i = 0; i < inputs; ++i) tile[i * width] = x[i];
-    }
-}
-
-#ifdef GALLEY_AVX2
-
-inline __m256 eight_scales(const Matrix& matrix, int64_t at) {
-    if (matrix.scales_wide) return _mm256_loadu_ps(static_cast<const float*>(matrix.scales) + at);
-    const __m128i half = _mm_loadu_si128(
-        reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(matrix.scales) + at));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
 
 // Four bytes of an activation for each of eight outputs.
 inline __m256i spread_four(const void* from) {
@@ -237,10 +96,6 @@ inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& r
 
 #ifdef GALLEY_AVX512
 
-inline __m512i side_by_side(__m256i one, __m256i other) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1);
-}
-
 template <typename Number>
 inline __m512i spread_wide(const Number* from) {
     int32_t four;
@@ -305,9 +160,7 @@ inline void pair_sums(const Matrix& matrix, int64_t panel, const Activations& ro
                 part[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), _mm512_set1_ps(scales[r * blocks + block]),
                                           part[r]);
         }
-        const __m256 one = eight_scales(matrix, (panel * groups + group) * PANEL);
-        const __m256 other = eight_scales(matrix, ((panel + 1) * groups + group) * PANEL);
-        const __m512 scale = _mm512_insertf32x8(_mm512_castps256_ps512(one), other, 1);
+        const __m512 scale = pair_scales(matrix, panel, group);
         for (int r = 0; r < ROWS; ++r) total[r] = _mm512_fmadd_ps(scale, part[r], total[r]);
     }
     for (int r = 0; r < ROWS; ++r) put(found + r * PANEL, found + (ROWS + r) * PANEL, total[r]);
@@ -391,6 +244,14 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
 }
 
 #endif
+
+// A panel's outputs of a row, as many as there are.
+inline void copy(const float* from, int64_t count, float* to) {
+    if (count == PANEL)
+        put(to, lanes(from));
+    else
+        std::memcpy(to, from, count * sizeof(float));
+}
 
 // What the next panels need of memory, which a tile asks for at one input, `due`, and at each `every` after it.
 struct Ahead {
@@ -515,7 +376,7 @@ inline void floating_rows(const Matrix& matrix, int64_t panel, const Activations
     for (int p = 0; p < PANELS; ++p) {
         const int64_t first = (panel + p) * PANEL, own = std::min(PANEL, matrix.outputs - first);
         for (int64_t r = 0; r < rows; ++r)
-            std::memcpy(out + r * stride + matrix.first + first, total + (p * rows + r) * PANEL, own * sizeof(float));
+            copy(total + (p * rows + r) * PANEL, own, out + r * stride + matrix.first + first);
     }
 }
 
@@ -535,19 +396,52 @@ inline void add_apart(const Matrix& matrix, int64_t first, int64_t count, const 
     }
 }
 
+// Sums `found` [PANELS][ROWS][8], and what is added to them, into the result.
+template <int ROWS, int PANELS>
+inline void finish(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found, float* out,
+                   int64_t stride) {
+    for (int p = 0; p < PANELS; ++p) {
+        const int64_t first = (panel + p) * PANEL, count = std::min(PANEL, matrix.outputs - first);
+        float* own = found + p * ROWS * PANEL;
+        if (matrix.starts) add_apart<ROWS>(matrix, first, count, rows, row, own);
+        for (int r = 0; r < ROWS; ++r) copy(own + r * PANEL, count, out + (row + r) * stride + matrix.first + first);
+    }
+}
+
 template <int BITS, int ROWS, int PANELS>
 inline void some_rows(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* out,
                       int64_t stride) {
     float found[PANELS * ROWS * PANEL];
     panel_sums<BITS, ROWS, PANELS>(matrix, panel, rows, row, found);
-    for (int p = 0; p < PANELS; ++p) {
-        const int64_t first = (panel + p) * PANEL, count = std::min(PANEL, matrix.outputs - first);
-        float* own = found + p * ROWS * PANEL;
-        if (matrix.starts) add_apart<ROWS>(matrix, first, count, rows, row, own);
-        for (int r = 0; r < ROWS; ++r)
-            std::memcpy(out + (row + r) * stride + matrix.first + first, own + r * PANEL, count * sizeof(float));
-    }
+    finish<ROWS, PANELS>(matrix, panel, rows, row, found, out, stride);
 }
+
+#ifdef GALLEY_TILES
+
+template <int ROWS>
+inline void some_tiled(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, const Wide* sums,
+                       float* out, int64_t stride) {
+    float found[2 * ROWS * PANEL];
+    for (int r = 0; r < ROWS; ++r) put(found + r * PANEL, found + (ROWS + r) * PANEL, sums[r]);
+    finish<ROWS, 2>(matrix, panel, rows, row, found, out, stride);
+}
+
+template <int... LESS>
+inline auto tiled_of(int64_t rows, std::integer_sequence<int, LESS...>) {
+    static constexpr decltype(&some_tiled<1>) by_rows[] = {some_tiled<LESS + 1>...};
+    return by_rows[rows - 1];
+}
+
+inline void tiled_rows(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, float* out,
+                       int64_t stride) {
+    Wide total[SLAB];
+    tiled_sums(matrix, panel, from, rows, total);
+    for (int64_t row = 0; row < rows; row += TILE)
+        tiled_of(std::min<int64_t>(TILE, rows - row), std::make_integer_sequence<int, TILE>())(
+            matrix, panel, from, row, total + row, out, stride);
+}
+
+#endif
 
 // The same for a tile of so many rows.
 template <int BITS, int PANELS, int... LESS>
@@ -558,7 +452,11 @@ inline auto tile_of(int64_t rows, std::integer_sequence<int, LESS...>) {
 
 template <int BITS, int PANELS>
 inline void all_rows(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, float* out,
-                     int64_t stride) {
+                     int64_t stride, bool tiled) {
+#ifdef GALLEY_TILES
+    if constexpr (BITS == 4 && PANELS == 2)
+        if (tiled) return tiled_rows(matrix, panel, from, rows, out, stride);
+#endif
     if constexpr (BITS > 8) {
         floating_rows<std::conditional_t<BITS == 16, uint16_t, float>, PANELS>(matrix, panel, from, rows, out, stride);
     } else {
@@ -573,10 +471,11 @@ template <int BITS>
 inline void product(const Matrix& matrix, const Activations& from, int64_t rows, float* out, int64_t stride) {
     const int64_t panels = (matrix.outputs + PANEL - 1) / PANEL;
     constexpr int TOGETHER = 2;  // what registers hold
+    const Tiles tiles(BITS, rows);
 #pragma omp for schedule(guided, 2) nowait  // cores may be shared with others, who slow one down
     for (int64_t panel = 0; panel < panels; panel += TOGETHER)
         (panels - panel < TOGETHER ? all_rows<BITS, 1> : all_rows<BITS, TOGETHER>)(matrix, panel, from, rows, out,
-                                                                                  stride);
+                                                                                  stride, tiles.held);
 }
 
 inline void product(const Matrix& matrix, const Activations& from, int64_t rows, float* out, int64_t stride) {
