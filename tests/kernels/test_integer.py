@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
 DTYPES = {torch.float32: 0.0, torch.bfloat16: 8e-3}
 # Float32 sums, and activations so near the middle between two integers that float32 rounds them to the other one.
 TOLERANCE = {4: 3e-4, 8: 1e-5}
-ROUNDED = {4: 8e-3, 8: 4e-5}  # what rounding normal activations in blocks may cost
+ROUNDED = {4: 8e-3, 8: 4e-5}  # what rounding normal activations in spans may cost
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -195,13 +195,15 @@ def test_matrices_side_by_side_are_one_map() -> None:
     assert relative_error(linear(x), expected + bias) < TOLERANCE[4]
 
 
-def test_activations_round_to_the_nearest_of_their_block() -> None:
-    x = torch.zeros(1, 64)
+def test_activations_round_to_the_nearest_of_their_span() -> None:
+    x = torch.zeros(1, 96)
     x[0, :3] = torch.tensor([127.0, -3.4, 0.5])
-    x[0, 32:34] = torch.tensor([-2.54, 1.0])  # a block of its own: steps of 0.02
+    x[0, 63] = 1.4
+    x[0, 64:66] = torch.tensor([-2.54, 1.0])  # a span of its own: steps of 0.02
     found = rounded(x, 8)
-    assert found[0, :3].tolist() == [127.0, -3.0, 0.0]
-    assert found[0, 32:34].tolist() == pytest.approx([-2.54, 1.0])
+    assert found.shape == x.shape
+    assert found[0, [0, 1, 2, 63]].tolist() == [127.0, -3.0, 0.0, 1.0]
+    assert found[0, 64:66].tolist() == pytest.approx([-2.54, 1.0])
 
 
 def test_what_does_not_suit_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Products of 4- and 8-bit weights with activations that are integers too, and decoder layers made of them.
 
-Activations become integers by blocks of 32 inputs, each with its own scale: of 8 bits beside 4-bit weights
-(what is called W4A8; llama.cpp's Q8 blocks are alike), of 16 bits beside 8-bit weights, at the same cost.
+Activations become integers by spans of 64 inputs, each with its own scale: of 8 bits beside 4-bit weights
+(W4A8; llama.cpp's Q8 blocks, of 32, are alike), of 16 bits beside 8-bit weights, at the same cost.
 """
 
 from galley_kernels.integer.decoder import DecoderLayer, IntegerDecoder, PagedCache, Requests, Step

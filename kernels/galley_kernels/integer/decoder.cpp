@@ -132,13 +132,14 @@ class Scratch {
             if (inputs <= size) return;
             size = inputs;
             const int64_t each = SLAB * inputs;
-            floats.reset(new float[2 * each + 2 * (each / BLOCK)]);
+            const int64_t scales = SLAB * galley::spans_of(inputs);
+            floats.reset(new float[2 * each + 2 * scales]);
             integers.reset(new int16_t[each + each / 2 + 16]);
             sums.reset(new int32_t[each / BLOCK]);
             x = floats.get();
             tiles = x + each;
             byte_scales = tiles + each;
-            word_scales = byte_scales + each / BLOCK;
+            word_scales = byte_scales + scales;
             words = integers.get();
             bytes = reinterpret_cast<int8_t*>(words + each);
             starts = sums.get();

@@ -13,7 +13,7 @@ import torch
 from galley_kernels import compiler
 from galley_kernels.quantized.packed import PackedMatrix, SparseRows, unpack_codes
 
-PANEL, BLOCK = 8, 32
+PANEL, BLOCK, SPAN = 8, 32, 64
 TYPES = (torch.float32, torch.bfloat16)
 """Of activations, of scales and of weights apart."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from galley_kernels.integer.interleaved import (
-    BLOCK,
+    SPAN,
     TYPES,
     FloatMatrix,
     InterleavedMatrix,
@@ -128,12 +128,13 @@ class FloatLinear(CompiledLinear):
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
     """float64 [..., input]: what activations stand for once they are integers of `bits` bits.
 
-    Each block of 32 inputs has the scale that its largest magnitude asks for.
+    Each span of 64 inputs, or what a row ends with, has the scale that its largest magnitude asks for.
     """
-    blocks = x.double().unflatten(-1, (-1, BLOCK))
-    scales = blocks.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    whole = torch.where(scales > 0, blocks / scales, 0.0).round()
-    return (whole * scales).flatten(-2)
+    inputs = x.shape[-1]
+    spans = torch.nn.functional.pad(x.double(), (0, -inputs % SPAN)).unflatten(-1, (-1, SPAN))
+    scales = spans.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    whole = torch.where(scales > 0, spans / scales, 0.0).round()
+    return (whole * scales).flatten(-2)[..., :inputs]
 
 
 def exact(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:

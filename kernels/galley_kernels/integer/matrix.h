@@ -1,8 +1,8 @@
 // What products are of: matrices as interleaved.py lays them out, and rows of activations, as integers too.
 //
-// Eight neighbouring outputs are a panel. Beside weights that are integers, activations become integers by blocks
-// of 32, each with a scale of its own: 8 bits beside 4-bit weights, 16 bits beside 8-bit ones, so that a block's
-// sum of products is exact.
+// Eight neighbouring outputs are a panel. Beside weights that are integers, activations become integers by spans
+// of 64 inputs, each with a scale of its own: 8 bits beside 4-bit weights, 16 bits beside 8-bit ones, so that a
+// span's sum of products is exact. It is of two blocks, or where groups or a row end, of one.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 
 namespace galley {
 
-constexpr int64_t BLOCK = 32, PANEL = 8;
+constexpr int64_t BLOCK = 32, SPAN = 64, PANEL = 8;
 #ifdef GALLEY_AVX512
 constexpr int TILE = 8;  // rows whose sums registers hold
 #else
@@ -49,14 +49,17 @@ struct Matrix {
     int32_t bits, scales_wide;
 };
 
-// Rows of activations as integers by blocks, and as they are.
+// How many spans a row has.
+inline int64_t spans_of(int64_t inputs) { return (inputs + SPAN - 1) / SPAN; }
+
+// Rows of activations as integers, and as they are.
 struct Activations {
     float* x;        // [rows][inputs]
     float* tiles;    // [tiles][inputs][rows of the tile], beside weights apart
     int8_t* bytes;   // [rows][inputs], beside 4-bit weights
     int16_t* words;  // [rows][inputs], beside 8-bit weights
     float* byte_scales;
-    float* word_scales;  // [rows][blocks]
+    float* word_scales;  // [rows][spans]
     int32_t* starts;     // [rows][blocks]: of `start_of`
 };
 
@@ -78,17 +81,17 @@ inline int32_t start_of(int32_t sum) {
 #endif
 }
 
-inline float largest(const float* x) {
+inline float largest(const float* x, int64_t count) {
 #ifdef GALLEY_AVX2
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 most = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
-    for (int i = 8; i < BLOCK; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+    for (int64_t i = 8; i < count; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
     half = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 #else
     float most = 0;
-    for (int i = 0; i < BLOCK; ++i) most = std::max(most, std::fabs(x[i]));
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, std::fabs(x[i]));
     return most;
 #endif
 }
@@ -124,21 +127,21 @@ inline int32_t round_block(const float* x, float by, Integer* made) {
     return sum;
 }
 
-// What is needed of a row, one of `rows`; blocks of zeros, or too small for a scale, become zeros.
+// What is needed of a row, one of `rows`; spans of zeros, or too small for a scale, become zeros.
 inline void round_row(const Activations& to, int64_t row, int64_t rows, int64_t inputs, Needs needs) {
     const float* x = to.x + row * inputs;
-    const int64_t blocks = needs.bytes || needs.words ? inputs / BLOCK : 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const float most = largest(x + block * BLOCK);
-        const int64_t at = row * (inputs / BLOCK) + block, from = row * inputs + block * BLOCK;
+    const int64_t spans = needs.bytes || needs.words ? spans_of(inputs) : 0;
+    for (int64_t span = 0; span < spans; ++span) {
+        const int64_t first = span * SPAN, last = std::min(first + SPAN, inputs), at = row * spans + span;
+        const float most = largest(x + first, last - first);
         const bool some = most > 1e-30f;
-        if (needs.bytes) {
-            to.byte_scales[at] = most / 127;
-            to.starts[at] = start_of(round_block(x + block * BLOCK, some ? 127 / most : 0, to.bytes + from));
-        }
-        if (needs.words) {
-            to.word_scales[at] = most / 32767;
-            round_block(x + block * BLOCK, some ? 32767 / most : 0, to.words + from);
+        if (needs.bytes) to.byte_scales[at] = most / 127;
+        if (needs.words) to.word_scales[at] = most / 32767;
+        for (int64_t i = first; i < last; i += BLOCK) {
+            const int64_t from = row * inputs + i;
+            if (needs.bytes)
+                to.starts[from / BLOCK] = start_of(round_block(x + i, some ? 127 / most : 0, to.bytes + from));
+            if (needs.words) round_block(x + i, some ? 32767 / most : 0, to.words + from);
         }
     }
     if (needs.tiles) {
@@ -158,6 +161,9 @@ inline __m256 eight_scales(const Matrix& matrix, int64_t at) {
 }
 
 #endif
+
+// Blocks from `block` to `last`, a group's end, whose sums of products are added as integers: of one span.
+inline int64_t blocks_together(int64_t block, int64_t last) { return block % 2 == 0 && block + 1 < last ? 2 : 1; }
 
 #ifdef GALLEY_AVX512
 

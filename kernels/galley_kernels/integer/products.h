@@ -103,11 +103,10 @@ inline __m512i spread_wide(const Number* from) {
     return _mm512_set1_epi32(four);
 }
 
-// `block_sums` of two panels, side by side.
+// Adds a block's products to the sums of two panels, side by side.
 template <int BITS, int ROWS>
 inline void pair_block(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
-                       int64_t from, const int32_t* starts, int64_t blocks, __m512i* sum) {
-    for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_set1_epi32(BITS == 4 ? starts[r * blocks] : 0);
+                       int64_t from, __m512i* sum) {
     if (BITS == 4) {
         const __m512i low = _mm512_set1_epi8(15);
         const int8_t* x = rows.bytes + row * inputs + from;
@@ -140,24 +139,32 @@ template <int BITS, int ROWS>
 inline void pair_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
     const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
     const int64_t apart = PANEL * inputs * BITS / 8, bytes = PANEL * BLOCK * BITS / 8;  // of a panel, of its block
+    const int64_t spans = spans_of(inputs);
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
-    const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * blocks;
-    const int32_t* starts = BITS == 4 ? rows.starts + row * blocks : nullptr;
+    const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * spans;
+    const int32_t* starts = rows.starts + row * blocks;
     __m512 total[ROWS];
     for (int r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
     for (int64_t group = 0; group < groups; ++group) {
         __m512 part[ROWS];
         for (int r = 0; r < ROWS; ++r) part[r] = _mm512_setzero_ps();
-        for (int64_t block = group * each; block < (group + 1) * each; ++block) {
+        const int64_t last = (group + 1) * each;
+        for (int64_t block = group * each, count; block < last; block += count) {
+            count = blocks_together(block, last);
             if (!row)  // see `panel_sums`
-                for (int64_t line = 0; line < 2 * bytes; line += 64)
+                for (int64_t line = 0; line < 2 * count * bytes; line += 64)
                     _mm_prefetch(reinterpret_cast<const char*>(codes) + 2 * (apart + block * bytes) + line,
                                  _MM_HINT_T0);
             __m512i sum[ROWS];
-            pair_block<BITS, ROWS>(codes + block * bytes, apart, rows, row, inputs, block * BLOCK, starts + block,
-                                   blocks, sum);
+            for (int r = 0; r < ROWS; ++r) {
+                const int32_t* start = starts + r * blocks + block;
+                sum[r] = BITS == 4 ? _mm512_set1_epi32(count == 2 ? start[0] + start[1] : start[0])
+                                   : _mm512_setzero_si512();
+            }
+            for (int64_t b = block; b < block + count; ++b)
+                pair_block<BITS, ROWS>(codes + b * bytes, apart, rows, row, inputs, b * BLOCK, sum);
             for (int r = 0; r < ROWS; ++r)
-                part[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), _mm512_set1_ps(scales[r * blocks + block]),
+                part[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), _mm512_set1_ps(scales[r * spans + block / 2]),
                                           part[r]);
         }
         const __m512 scale = pair_scales(matrix, panel, group);
@@ -177,7 +184,8 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
     const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
     const int64_t apart = PANEL * inputs * BITS / 8;
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
-    const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * blocks;
+    const int64_t spans = spans_of(inputs);
+    const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * spans;
     const int32_t* starts = BITS == 4 ? rows.starts + row * blocks : nullptr;
     __m256 total[PANELS][ROWS];
     for (int p = 0; p < PANELS; ++p)
@@ -186,17 +194,25 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
         __m256 part[PANELS][ROWS];
         for (int p = 0; p < PANELS; ++p)
             for (int r = 0; r < ROWS; ++r) part[p][r] = _mm256_setzero_ps();
-        for (int64_t block = group * each; block < (group + 1) * each; ++block) {
-            if (!row)  // rows to come need none of this from memory, but the next panels do
-                for (int64_t line = 0; line < PANELS * PANEL * BLOCK * BITS / 8; line += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * apart +
-                                     block * PANELS * PANEL * BLOCK * BITS / 8 + line,
-                                 _MM_HINT_T0);
+        const int64_t last = (group + 1) * each;
+        for (int64_t block = group * each, count; block < last; block += count) {
+            count = blocks_together(block, last);
             __m256i sum[PANELS][ROWS];
-            block_sums<BITS, ROWS, PANELS>(codes + block * PANEL * BLOCK * BITS / 8, apart, rows, row, inputs,
-                                           block * BLOCK, starts + block, blocks, sum);
+            for (int64_t b = block; b < block + count; ++b) {
+                if (!row)  // rows to come need none of this from memory, but the next panels do
+                    for (int64_t line = 0; line < PANELS * PANEL * BLOCK * BITS / 8; line += 64)
+                        _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * apart +
+                                         b * PANELS * PANEL * BLOCK * BITS / 8 + line,
+                                     _MM_HINT_T0);
+                __m256i more[PANELS][ROWS];
+                block_sums<BITS, ROWS, PANELS>(codes + b * PANEL * BLOCK * BITS / 8, apart, rows, row, inputs,
+                                               b * BLOCK, starts + b, blocks, more);
+                for (int p = 0; p < PANELS; ++p)
+                    for (int r = 0; r < ROWS; ++r)
+                        sum[p][r] = b == block ? more[p][r] : _mm256_add_epi32(sum[p][r], more[p][r]);
+            }
             for (int r = 0; r < ROWS; ++r) {
-                const __m256 scale = _mm256_set1_ps(scales[r * blocks + block]);
+                const __m256 scale = _mm256_set1_ps(scales[r * spans + block / 2]);
                 for (int p = 0; p < PANELS; ++p)
                     part[p][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[p][r]), scale, part[p][r]);
             }
@@ -221,10 +237,12 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
         float total = 0;
         for (int64_t group = 0; group < groups; ++group) {
             float part = 0;
-            for (int64_t block = group * each; block < (group + 1) * each; ++block) {
-                const int64_t at = r * blocks + block;
-                int32_t sum = BITS == 4 ? rows.starts[at] : 0;
-                for (int64_t k = block * BLOCK; k < (block + 1) * BLOCK; ++k) {
+            const int64_t last = (group + 1) * each;
+            for (int64_t block = group * each, count; block < last; block += count) {
+                count = blocks_together(block, last);
+                int32_t sum = 0;
+                for (int64_t b = block; b < block + count; ++b) sum += BITS == 4 ? rows.starts[r * blocks + b] : 0;
+                for (int64_t k = block * BLOCK; k < (block + count) * BLOCK; ++k) {
                     if (BITS == 4) {
                         const uint8_t both = codes[k / 8 * PANEL * 4 + out * 4 + k % 4];
                         sum += (k % 8 < 4 ? both & 15 : both >> 4) * rows.bytes[r * inputs + k];
@@ -233,6 +251,7 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
                                rows.words[r * inputs + k];
                     }
                 }
+                const int64_t at = r * spans_of(inputs) + block / 2;
                 const float scale = BITS == 4 ? rows.byte_scales[at] : rows.word_scales[at];
                 part = std::fma(static_cast<float>(sum), scale, part);
             }

@@ -22,7 +22,7 @@ constexpr int64_t TILED = 16;  // rows of a tile, and the least that are worth i
 #ifdef GALLEY_TILES
 
 constexpr int64_t ACROSS = 16;  // outputs of a tile
-static_assert(SLAB % TILED == 0, "tiles are read whole");
+static_assert(SLAB == 3 * TILED, "tiles are read whole, and there are three for sums");
 
 // Linux has each process ask for tile registers, once.
 inline bool tiles_allowed() {
@@ -45,10 +45,10 @@ class Tiles {
             shapes.rows[tile] = static_cast<uint8_t>(rows);
             shapes.bytes[tile] = static_cast<uint16_t>(bytes);
         };
-        for (int place = 0; place < 8; place += 4) {
-            shape(place, TILED, 4 * ACROSS);          // sums
-            shape(place + 1, TILED, BLOCK);           // activations
-            shape(place + 2, BLOCK / 4, 4 * ACROSS);  // codes
+        for (int sums = 0; sums < 3; ++sums) shape(sums, TILED, 4 * ACROSS);
+        for (int blocks = 1; blocks < 3; ++blocks) {
+            shape(2 * blocks + 1, TILED, blocks * BLOCK);           // activations
+            shape(2 * blocks + 2, blocks * BLOCK / 4, 4 * ACROSS);  // codes
         }
         _tile_loadconfig(&shapes);
     }
@@ -72,71 +72,78 @@ inline void signed_codes(const uint8_t* one, const uint8_t* other, int8_t* to) {
     }
 }
 
-// Goes on with the sums of sixteen rows or fewer over COUNT blocks, whose sums of products are `sums`.
-template <int COUNT>
-inline void add_blocks(const int32_t (*sums)[TILED][ACROSS], const float* scales, int64_t blocks, int64_t rows,
-                       bool begin, bool end, Wide weight, Wide* part, Wide* total) {
-    const auto over = [&](int64_t r, Wide sum) {
-        for (int b = 0; b < COUNT; ++b)
-            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[b][r])),
-                                  _mm512_set1_ps(scales[r * blocks + b]), sum);
-        return sum;
-    };
-    if (begin && end)
-        for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, over(r, Wide{}), total[r]);
-    else if (end)
-        for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, over(r, part[r]), total[r]);
-    else
-        for (int64_t r = 0; r < rows; ++r) part[r] = over(r, begin ? Wide{} : part[r]);
+// What registers of tiles are for: 0 to 2 sums, 3 and 4 activations and codes of a block, 5 and 6 of two.
+#define GALLEY_MULTIPLY(sums, activations, codes, x, inputs) \
+    _tile_zero(sums);                                        \
+    _tile_loadd(activations, x, inputs);                     \
+    _tile_dpbssd(sums, activations, codes)
+
+// Sums of products [rows][16] of up to three tiles of rows, one or two blocks of inputs from `x` on.
+inline void multiply(const int8_t* x, int64_t inputs, int64_t tiles, int64_t count, const int8_t* codes,
+                     int32_t (*sums)[ACROSS]) {
+    const int64_t next = TILED * inputs;
+    if (count == 2) {
+        _tile_loadd(6, codes, 4 * ACROSS);
+        GALLEY_MULTIPLY(0, 5, 6, x, inputs);
+        if (tiles > 1) {
+            GALLEY_MULTIPLY(1, 5, 6, x + next, inputs);
+        }
+        if (tiles > 2) {
+            GALLEY_MULTIPLY(2, 5, 6, x + 2 * next, inputs);
+        }
+    } else {
+        _tile_loadd(4, codes, 4 * ACROSS);
+        GALLEY_MULTIPLY(0, 3, 4, x, inputs);
+        if (tiles > 1) {
+            GALLEY_MULTIPLY(1, 3, 4, x + next, inputs);
+        }
+        if (tiles > 2) {
+            GALLEY_MULTIPLY(2, 3, 4, x + 2 * next, inputs);
+        }
+    }
+    _tile_stored(0, sums, 4 * ACROSS);
+    if (tiles > 1) _tile_stored(1, sums + TILED, 4 * ACROSS);
+    if (tiles > 2) _tile_stored(2, sums + 2 * TILED, 4 * ACROSS);
 }
 
 // Sums [rows][16] of two panels of 4-bit codes.
 inline void tiled_sums(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, Wide* total) {
-    const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
+    const int64_t inputs = matrix.inputs, groups = matrix.groups, each = inputs / BLOCK / groups;
     const int64_t apart = PANEL * inputs / 2, bytes = PANEL * BLOCK / 2;  // of a panel, of its block
+    const int64_t spans = spans_of(inputs), tiles = (rows + TILED - 1) / TILED;
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
-    alignas(64) int8_t made[2][BLOCK * ACROSS];
-    alignas(64) int32_t sums[2][2][TILED][ACROSS];
+    alignas(64) int8_t made[SPAN * ACROSS];
+    alignas(64) int32_t sums[SLAB][ACROSS];
     Wide part[SLAB];
     std::fill_n(total, rows, Wide{});
     for (int64_t group = 0; group < groups; ++group) {
         const Wide weight = pair_scales(matrix, panel, group);
-        const int64_t last = (group + 1) * each;
-        for (int64_t first = group * each; first < last; first += 2) {
-            const bool two = first + 1 < last, begin = first == group * each, end = first + 2 >= last;
-            for (int64_t b = 0; b <= two; ++b) {
-                const uint8_t* own = codes + (first + b) * bytes;
+        const int64_t begin = group * each, last = begin + each;
+        for (int64_t block = begin, count; block < last; block += count) {
+            count = blocks_together(block, last);
+            for (int64_t b = 0; b < count; ++b) {
+                const uint8_t* own = codes + (block + b) * bytes;
                 for (int64_t line = 0; line < bytes; line += 64)  // of the next panels
                     for (int64_t next = 2; next < 4; ++next)
                         _mm_prefetch(reinterpret_cast<const char*>(own) + next * apart + line, _MM_HINT_T0);
-                signed_codes(own, own + apart, made[b]);
+                signed_codes(own, own + apart, made + b * BLOCK * ACROSS);
             }
-            _tile_loadd(2, made[0], 4 * ACROSS);
-            if (two) _tile_loadd(6, made[1], 4 * ACROSS);
-            const auto add = [&](int64_t row) {
-                (two ? add_blocks<2> : add_blocks<1>)(sums[row / TILED % 2], from.byte_scales + row * blocks + first,
-                                                      blocks, std::min(TILED, rows - row), begin, end, weight,
-                                                      part + row, total + row);
+            multiply(from.bytes + block * BLOCK, inputs, tiles, count, made, sums);
+            const float* scales = from.byte_scales + block / 2;
+            const auto scaled = [&](int64_t r, Wide more) {
+                return fused(_mm512_cvtepi32_ps(_mm512_load_si512(sums[r])), _mm512_set1_ps(scales[r * spans]), more);
             };
-            for (int64_t row = 0; row < rows; row += TILED) {
-                const int8_t* x = from.bytes + row * inputs + first * BLOCK;
-                auto* own = sums[row / TILED % 2];
-                _tile_zero(0);
-                _tile_loadd(1, x, inputs);
-                _tile_dpbssd(0, 1, 2);
-                _tile_stored(0, own[0], 4 * ACROSS);
-                if (two) {
-                    _tile_zero(4);
-                    _tile_loadd(5, x + BLOCK, inputs);
-                    _tile_dpbssd(4, 5, 6);
-                    _tile_stored(4, own[1], 4 * ACROSS);
-                }
-                if (row) add(row - TILED);  // while the last ones are made
-            }
-            add((rows - 1) / TILED * TILED);
+            if (count == each)
+                for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, scaled(r, Wide{}), total[r]);
+            else if (block + count == last)
+                for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, scaled(r, part[r]), total[r]);
+            else
+                for (int64_t r = 0; r < rows; ++r) part[r] = scaled(r, block == begin ? Wide{} : part[r]);
         }
     }
 }
+
+#undef GALLEY_MULTIPLY
 
 #else
 
