@@ -134,7 +134,7 @@ class Scratch {
             const int64_t each = SLAB * inputs;
             const int64_t scales = SLAB * galley::spans_of(inputs);
             floats.reset(new float[2 * each + 2 * scales]);
-            integers.reset(new int16_t[each + each / 2 + 16]);
+            integers.reset(new int16_t[each + each / 2 + BLOCK / 2]);  // tiles are read a span at a time
             sums.reset(new int32_t[each / BLOCK]);
             x = floats.get();
             tiles = x + each;

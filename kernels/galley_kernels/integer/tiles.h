@@ -1,4 +1,4 @@
-// Sums of products in tile registers (AMX): sixteen rows with sixteen outputs, a block of inputs at a time.
+// Sums of products in tile registers (AMX): sixteen rows with sixteen outputs, a span of inputs at a time.
 //
 // Sums are the same integers as elsewhere, and floats are made of them and added in the same order.
 
@@ -17,12 +17,12 @@
 
 namespace galley {
 
-constexpr int64_t TILED = 16;  // rows of a tile, and the least that are worth it
+constexpr int64_t TILED = 16, LEAST_TILED = 10;  // rows of a tile; that are worth one
 
 #ifdef GALLEY_TILES
 
 constexpr int64_t ACROSS = 16;  // outputs of a tile
-static_assert(SLAB == 3 * TILED, "tiles are read whole, and there are three for sums");
+static_assert(SLAB == 3 * TILED, "tiles are read whole, and there are six for sums");
 
 // Linux has each process ask for tile registers, once.
 inline bool tiles_allowed() {
@@ -34,7 +34,7 @@ inline bool tiles_allowed() {
 // Holds the thread's tile registers in the shapes of `tiled_sums`.
 class Tiles {
    public:
-    Tiles(int bits, int64_t rows) : held(bits == 4 && rows >= TILED && tiles_allowed()) {
+    Tiles(int bits, int64_t rows) : held(bits == 4 && rows >= LEAST_TILED && tiles_allowed()) {
         if (!held) return;
         struct alignas(64) {
             uint8_t palette = 1, start = 0, none[14] = {};
@@ -45,11 +45,9 @@ class Tiles {
             shapes.rows[tile] = static_cast<uint8_t>(rows);
             shapes.bytes[tile] = static_cast<uint16_t>(bytes);
         };
-        for (int sums = 0; sums < 3; ++sums) shape(sums, TILED, 4 * ACROSS);
-        for (int blocks = 1; blocks < 3; ++blocks) {
-            shape(2 * blocks + 1, TILED, blocks * BLOCK);           // activations
-            shape(2 * blocks + 2, blocks * BLOCK / 4, 4 * ACROSS);  // codes
-        }
+        for (int sums = 0; sums < 6; ++sums) shape(sums, TILED, 4 * ACROSS);
+        shape(6, TILED, SPAN);           // activations
+        shape(7, SPAN / 4, 4 * ACROSS);  // codes
         _tile_loadconfig(&shapes);
     }
     ~Tiles() {
@@ -72,38 +70,46 @@ inline void signed_codes(const uint8_t* one, const uint8_t* other, int8_t* to) {
     }
 }
 
-// What registers of tiles are for: 0 to 2 sums, 3 and 4 activations and codes of a block, 5 and 6 of two.
-#define GALLEY_MULTIPLY(sums, activations, codes, x, inputs) \
-    _tile_zero(sums);                                        \
-    _tile_loadd(activations, x, inputs);                     \
-    _tile_dpbssd(sums, activations, codes)
-
-// Sums of products [rows][16] of up to three tiles of rows, one or two blocks of inputs from `x` on.
-inline void multiply(const int8_t* x, int64_t inputs, int64_t tiles, int64_t count, const int8_t* codes,
-                     int32_t (*sums)[ACROSS]) {
+// Sums of products of up to three tiles of rows, a span of inputs from `x` on: in tile registers 0 to 2 or 3 to 5, by
+// turns, since a sum is there long after the next ones are begun.
+#define GALLEY_MULTIPLY(sums, x) \
+    _tile_zero(sums);            \
+    _tile_loadd(6, x, inputs);   \
+    _tile_dpbssd(sums, 6, 7)
+inline void multiply(int64_t turn, const int8_t* x, int64_t inputs, int64_t tiles, const int8_t* codes) {
     const int64_t next = TILED * inputs;
-    if (count == 2) {
-        _tile_loadd(6, codes, 4 * ACROSS);
-        GALLEY_MULTIPLY(0, 5, 6, x, inputs);
+    _tile_loadd(7, codes, 4 * ACROSS);
+    if (turn) {
+        GALLEY_MULTIPLY(3, x);
         if (tiles > 1) {
-            GALLEY_MULTIPLY(1, 5, 6, x + next, inputs);
+            GALLEY_MULTIPLY(4, x + next);
         }
         if (tiles > 2) {
-            GALLEY_MULTIPLY(2, 5, 6, x + 2 * next, inputs);
+            GALLEY_MULTIPLY(5, x + 2 * next);
         }
     } else {
-        _tile_loadd(4, codes, 4 * ACROSS);
-        GALLEY_MULTIPLY(0, 3, 4, x, inputs);
+        GALLEY_MULTIPLY(0, x);
         if (tiles > 1) {
-            GALLEY_MULTIPLY(1, 3, 4, x + next, inputs);
+            GALLEY_MULTIPLY(1, x + next);
         }
         if (tiles > 2) {
-            GALLEY_MULTIPLY(2, 3, 4, x + 2 * next, inputs);
+            GALLEY_MULTIPLY(2, x + 2 * next);
         }
     }
-    _tile_stored(0, sums, 4 * ACROSS);
-    if (tiles > 1) _tile_stored(1, sums + TILED, 4 * ACROSS);
-    if (tiles > 2) _tile_stored(2, sums + 2 * TILED, 4 * ACROSS);
+}
+#undef GALLEY_MULTIPLY
+
+// Those sums to [rows][16].
+inline void store(int64_t turn, int64_t tiles, int32_t (*sums)[ACROSS]) {
+    if (turn) {
+        _tile_stored(3, sums, 4 * ACROSS);
+        if (tiles > 1) _tile_stored(4, sums + TILED, 4 * ACROSS);
+        if (tiles > 2) _tile_stored(5, sums + 2 * TILED, 4 * ACROSS);
+    } else {
+        _tile_stored(0, sums, 4 * ACROSS);
+        if (tiles > 1) _tile_stored(1, sums + TILED, 4 * ACROSS);
+        if (tiles > 2) _tile_stored(2, sums + 2 * TILED, 4 * ACROSS);
+    }
 }
 
 // Sums [rows][16] of two panels of 4-bit codes.
@@ -112,38 +118,52 @@ inline void tiled_sums(const Matrix& matrix, int64_t panel, const Activations& f
     const int64_t apart = PANEL * inputs / 2, bytes = PANEL * BLOCK / 2;  // of a panel, of its block
     const int64_t spans = spans_of(inputs), tiles = (rows + TILED - 1) / TILED;
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
-    alignas(64) int8_t made[SPAN * ACROSS];
+    alignas(64) int8_t made[2][SPAN * ACROSS];
     alignas(64) int32_t sums[SLAB][ACROSS];
     Wide part[SLAB];
     std::fill_n(total, rows, Wide{});
+    struct Chunk {
+        int64_t block, count, begin, last;  // and its group's blocks
+    };
+    const auto multiplied = [&](Chunk chunk, int64_t turn) {
+        for (int64_t b = 0; b < chunk.count; ++b) {
+            const uint8_t* own = codes + (chunk.block + b) * bytes;
+            for (int64_t line = 0; line < bytes; line += 64)  // of the next panels
+                for (int64_t next = 2; next < 4; ++next)
+                    _mm_prefetch(reinterpret_cast<const char*>(own) + next * apart + line, _MM_HINT_T0);
+            signed_codes(own, own + apart, made[turn] + b * BLOCK * ACROSS);
+        }
+        if (chunk.count == 1) std::fill_n(made[turn] + BLOCK * ACROSS, BLOCK * ACROSS, 0);
+        multiply(turn, from.bytes + chunk.block * BLOCK, inputs, tiles, made[turn]);
+    };
+    const auto added = [&](Chunk chunk, int64_t turn) {
+        store(turn, tiles, sums);
+        const float* scales = from.byte_scales + chunk.block / 2;
+        const Wide weight = pair_scales(matrix, panel, chunk.begin / each);
+        const auto scaled = [&](int64_t r, Wide more) {
+            return fused(_mm512_cvtepi32_ps(_mm512_load_si512(sums[r])), _mm512_set1_ps(scales[r * spans]), more);
+        };
+        if (chunk.count == each)
+            for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, scaled(r, Wide{}), total[r]);
+        else if (chunk.block + chunk.count == chunk.last)
+            for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, scaled(r, part[r]), total[r]);
+        else
+            for (int64_t r = 0; r < rows; ++r) part[r] = scaled(r, chunk.block == chunk.begin ? Wide{} : part[r]);
+    };
+    Chunk before{};
+    int64_t turn = 0;
     for (int64_t group = 0; group < groups; ++group) {
-        const Wide weight = pair_scales(matrix, panel, group);
         const int64_t begin = group * each, last = begin + each;
-        for (int64_t block = begin, count; block < last; block += count) {
+        for (int64_t block = begin, count; block < last; block += count, turn ^= 1) {
             count = blocks_together(block, last);
-            for (int64_t b = 0; b < count; ++b) {
-                const uint8_t* own = codes + (block + b) * bytes;
-                for (int64_t line = 0; line < bytes; line += 64)  // of the next panels
-                    for (int64_t next = 2; next < 4; ++next)
-                        _mm_prefetch(reinterpret_cast<const char*>(own) + next * apart + line, _MM_HINT_T0);
-                signed_codes(own, own + apart, made + b * BLOCK * ACROSS);
-            }
-            multiply(from.bytes + block * BLOCK, inputs, tiles, count, made, sums);
-            const float* scales = from.byte_scales + block / 2;
-            const auto scaled = [&](int64_t r, Wide more) {
-                return fused(_mm512_cvtepi32_ps(_mm512_load_si512(sums[r])), _mm512_set1_ps(scales[r * spans]), more);
-            };
-            if (count == each)
-                for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, scaled(r, Wide{}), total[r]);
-            else if (block + count == last)
-                for (int64_t r = 0; r < rows; ++r) total[r] = fused(weight, scaled(r, part[r]), total[r]);
-            else
-                for (int64_t r = 0; r < rows; ++r) part[r] = scaled(r, block == begin ? Wide{} : part[r]);
+            const Chunk chunk{block, count, begin, last};
+            multiplied(chunk, turn);
+            if (before.count) added(before, turn ^ 1);
+            before = chunk;
         }
     }
+    added(before, turn ^ 1);
 }
-
-#undef GALLEY_MULTIPLY
 
 #else
 
