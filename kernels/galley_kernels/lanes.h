@@ -69,6 +69,13 @@ inline Lanes all(float value) { return Lanes{value, value, value, value, value, 
 #ifdef GALLEY_AVX512
 typedef float Wide __attribute__((vector_size(64)));
 
+inline Wide sixteen(const float* from) { return _mm512_loadu_ps(from); }
+inline Wide sixteen(const uint16_t* from) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+inline void put(float* to, Wide value) { _mm512_storeu_ps(to, value); }
+
 // Eight of the one and eight of the other.
 inline Wide lanes(const float* one, const float* other) {
     const __m512d low = _mm512_castps_pd(_mm512_castps256_ps512(_mm256_loadu_ps(one)));

@@ -17,8 +17,24 @@
 namespace galley {
 
 constexpr int64_t TOKENS = 32, CHUNK = 512;
-constexpr int QUERIES = 3;        // at once: what registers hold
 constexpr int MOST_QUERIES = 48;  // that take the same keys one after the other
+#ifdef GALLEY_AVX512
+using Row = Wide;
+constexpr int QUERIES = 6;  // at once: what registers hold
+template <typename Number>
+inline Row row(const Number* from) {
+    return sixteen(from);
+}
+#else
+using Row = Lanes;
+constexpr int QUERIES = 3;
+template <typename Number>
+inline Row row(const Number* from) {
+    return lanes(from);
+}
+#endif
+constexpr int FEWER = 3;  // at once, where there are no more
+constexpr int64_t WIDTH = sizeof(Row) / sizeof(float), WIDTHS = TOKENS / WIDTH;
 
 // Where keys and values are, and whose they are; a request's rows are its last tokens.
 struct Attention {
@@ -61,7 +77,7 @@ struct Past {
     const Number* values(int64_t token) const { return block(token) + (over.block + token % over.block) * head; }
 };
 
-// Up to three queries, scaled, and what they have found so far.
+// Some queries, scaled, and what they have found so far.
 struct Some {
     int count;
     const float* queries;  // [count][head]
@@ -70,35 +86,35 @@ struct Some {
     float* const* results;
 };
 
-// Their sums go on over keys `first` to `last`; if ASKING, the cache is asked for what comes next.
-template <bool ASKING, typename Number>
+// Sums of up to MOST queries go on over keys `first` to `last`; if ASKING, the cache is asked for what comes next.
+template <bool ASKING, int MOST, typename Number>
 inline void take(const Past<Number>& past, const Some& some, int64_t first, int64_t last) {
     constexpr int64_t LINE = 64 / sizeof(Number), LINES = TOKENS / LINE;  // of the processor's cache
     const int64_t head = past.head, stride = past.over.block;
-    alignas(32) float scores[QUERIES][CHUNK];
-    const float* query[QUERIES];
-    for (int q = 0; q < QUERIES; ++q) query[q] = some.queries + std::min(q, some.count - 1) * head;
+    alignas(32) float scores[MOST][CHUNK];
+    const float* query[MOST];
+    for (int q = 0; q < MOST; ++q) query[q] = some.queries + std::min(q, some.count - 1) * head;
     for (int64_t token = first; token < last; token += TOKENS) {
         const Number* keys = past.keys(token);
         // The next keys, which are far apart, and the values that these scores will weigh.
         const Number* ahead = past.keys(token + TOKENS < past.tokens ? token + TOKENS : token);
         const Number* values = past.values(token);
-        Lanes sum[QUERIES][4] = {};
+        Row sum[MOST][WIDTHS] = {};
         for (int64_t d = 0; d < head; ++d) {
             if (ASKING)
                 for (int64_t line = 0; line < LINES; ++line) {
                     __builtin_prefetch(ahead + d * stride + line * LINE, 0, 3);
                     __builtin_prefetch(values + (d * LINES + line) * LINE, 0, 2);
                 }
-            for (int v = 0; v < 4; ++v) {
-                const Lanes key = once(lanes(keys + d * stride + 8 * v));
-                for (int q = 0; q < QUERIES; ++q) sum[q][v] += all(query[q][d]) * key;
+            for (int v = 0; v < WIDTHS; ++v) {
+                const Row key = once(row(keys + d * stride + WIDTH * v));
+                for (int q = 0; q < MOST; ++q) sum[q][v] += query[q][d] * key;
             }
         }
-        for (int q = 0; q < QUERIES; ++q)
-            for (int v = 0; v < 4; ++v) put(scores[q] + token - first + 8 * v, sum[q][v]);
+        for (int q = 0; q < MOST; ++q)
+            for (int v = 0; v < WIDTHS; ++v) put(scores[q] + token - first + WIDTH * v, sum[q][v]);
     }
-    float old[QUERIES];
+    float old[MOST];
     for (int q = 0; q < some.count; ++q) {
         const int64_t own = std::min(std::max(some.limits[q] - first, int64_t{0}), last - first);
         const int64_t width = (last - first + TOKENS - 1) / TOKENS * TOKENS;
@@ -124,21 +140,21 @@ inline void take(const Past<Number>& past, const Some& some, int64_t first, int6
         some.total[q] = some.total[q] * old[q] + more;
     }
     for (int64_t d = 0; d < head; d += 32) {
-        Lanes sum[QUERIES][4];
-        for (int q = 0; q < QUERIES; ++q)
-            for (int v = 0; v < 4; ++v)
-                sum[q][v] = q < some.count ? lanes(some.results[q] + d + 8 * v) * old[q] : Lanes{};
+        Row sum[MOST][WIDTHS];
+        for (int q = 0; q < MOST; ++q)
+            for (int v = 0; v < WIDTHS; ++v)
+                sum[q][v] = q < some.count ? row(some.results[q] + d + WIDTH * v) * old[q] : Row{};
         for (int64_t token = first; token < last; token += TOKENS) {
             const Number* values = past.values(token) + d;
             const int64_t count = std::min(TOKENS, last - token);
             for (int64_t t = 0; t < count; ++t)
-                for (int v = 0; v < 4; ++v) {
-                    const Lanes value = once(lanes(values + t * head + 8 * v));
-                    for (int q = 0; q < QUERIES; ++q) sum[q][v] += all(scores[q][token - first + t]) * value;
+                for (int v = 0; v < WIDTHS; ++v) {
+                    const Row value = once(row(values + t * head + WIDTH * v));
+                    for (int q = 0; q < MOST; ++q) sum[q][v] += scores[q][token - first + t] * value;
                 }
         }
         for (int q = 0; q < some.count; ++q)
-            for (int v = 0; v < 4; ++v) put(some.results[q] + d + 8 * v, sum[q][v]);
+            for (int v = 0; v < WIDTHS; ++v) put(some.results[q] + d + WIDTH * v, sum[q][v]);
     }
 }
 
@@ -164,7 +180,10 @@ inline void attend(const Attention& over, const Number* cache, const int32_t* ta
             const Some some{std::min(QUERIES, count - q), scaled + q * head, limits + q, most + q, total + q, results + q};
             const int64_t last = std::min(first + CHUNK, *std::max_element(limits + q, limits + q + some.count));
             if (last <= first) continue;
-            asked ? take<false>(past, some, first, last) : take<true>(past, some, first, last);
+            const bool few = some.count <= FEWER;
+            (asked ? few ? take<false, FEWER, Number> : take<false, QUERIES, Number>
+             : few ? take<true, FEWER, Number>
+                   : take<true, QUERIES, Number>)(past, some, first, last);
             asked = true;
         }
     }
