@@ -95,11 +95,18 @@ def test_integer_activations_beside_drafts_and_embeddings(shallow: str, tmp_path
     off = float((found - expected).abs().mean())
     # A number that float32 rounds the other way moves all that follows it a little, so that they do not agree
     # to the last bit; but what is found is nearer to this rounding than to none.
-    assert off < 0.06
+    assert off < 0.08
     assert off < 0.75 * float((found - whole).abs().mean())
-    mix = MixReference(Path(shallow), [memory], rounded_model(out, shallow)).log_probs(ids, [0.8])
-    expected = mix[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
-    assert float((mixed - expected).abs().mean()) < 0.06
+    expected, whole = (
+        MixReference(Path(shallow), [memory], model)
+        .log_probs(ids, [0.8])[:-1]
+        .gather(1, torch.tensor(ids[1:]).unsqueeze(1))
+        .squeeze(1)
+        for model in (rounded_model(out, shallow), dequantized(out, shallow))
+    )
+    off = float((mixed - expected).abs().mean())
+    assert off < 0.08
+    assert off < 0.75 * float((mixed - whole).abs().mean())
     assert float((mixed - found).abs().mean()) > 0.5
     assert drafted == plain
     assert len(vectors.result()) == len(PROMPTS)
