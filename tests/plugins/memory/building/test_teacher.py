@@ -189,7 +189,7 @@ def held_out_of(datastore: Stage, k: int, temperature: float) -> float:
         strict=True,
     ):
         distances = ((keys - key) ** 2).sum(-1)
-        order = np.argsort(distances)[:k]
+        order = np.argsort(distances, kind="stable")[:k]
         row = reference(distances[order].tolist(), [values[place] for place in order], temperature, 0.0)
         shares.append(row.get(token, 0.0))
     other = np.array(shares)
