@@ -17,12 +17,12 @@
 
 namespace galley {
 
-constexpr int64_t TILED = 16, LEAST_TILED = 10;  // rows of a tile; that are worth one
+constexpr int64_t TILE_ROWS = 16, LEAST_TILE_ROWS = 10;  // of a tile register; that are worth one
 
 #ifdef GALLEY_TILES
 
 constexpr int64_t ACROSS = 16;  // outputs of a tile
-static_assert(SLAB == 3 * TILED, "tiles are read whole, and there are six for sums");
+static_assert(SLAB == 3 * TILE_ROWS, "tiles are read whole, and there are six for sums");
 
 // Linux has each process ask for tile registers, once.
 inline bool tiles_allowed() {
@@ -34,7 +34,7 @@ inline bool tiles_allowed() {
 // Holds the thread's tile registers in the shapes of `tiled_sums`.
 class Tiles {
    public:
-    Tiles(int bits, int64_t rows) : held(bits == 4 && rows >= LEAST_TILED && tiles_allowed()) {
+    Tiles(int bits, int64_t rows) : held(bits == 4 && rows >= LEAST_TILE_ROWS && tiles_allowed()) {
         if (!held) return;
         struct alignas(64) {
             uint8_t palette = 1, start = 0, none[14] = {};
@@ -45,8 +45,8 @@ class Tiles {
             shapes.rows[tile] = static_cast<uint8_t>(rows);
             shapes.bytes[tile] = static_cast<uint16_t>(bytes);
         };
-        for (int sums = 0; sums < 6; ++sums) shape(sums, TILED, 4 * ACROSS);
-        shape(6, TILED, SPAN);           // activations
+        for (int sums = 0; sums < 6; ++sums) shape(sums, TILE_ROWS, 4 * ACROSS);
+        shape(6, TILE_ROWS, SPAN);           // activations
         shape(7, SPAN / 4, 4 * ACROSS);  // codes
         _tile_loadconfig(&shapes);
     }
@@ -77,7 +77,7 @@ inline void signed_codes(const uint8_t* one, const uint8_t* other, int8_t* to) {
     _tile_loadd(6, x, inputs);   \
     _tile_dpbssd(sums, 6, 7)
 inline void multiply(int64_t turn, const int8_t* x, int64_t inputs, int64_t tiles, const int8_t* codes) {
-    const int64_t next = TILED * inputs;
+    const int64_t next = TILE_ROWS * inputs;
     _tile_loadd(7, codes, 4 * ACROSS);
     if (turn) {
         GALLEY_MULTIPLY(3, x);
@@ -103,12 +103,12 @@ inline void multiply(int64_t turn, const int8_t* x, int64_t inputs, int64_t tile
 inline void store(int64_t turn, int64_t tiles, int32_t (*sums)[ACROSS]) {
     if (turn) {
         _tile_stored(3, sums, 4 * ACROSS);
-        if (tiles > 1) _tile_stored(4, sums + TILED, 4 * ACROSS);
-        if (tiles > 2) _tile_stored(5, sums + 2 * TILED, 4 * ACROSS);
+        if (tiles > 1) _tile_stored(4, sums + TILE_ROWS, 4 * ACROSS);
+        if (tiles > 2) _tile_stored(5, sums + 2 * TILE_ROWS, 4 * ACROSS);
     } else {
         _tile_stored(0, sums, 4 * ACROSS);
-        if (tiles > 1) _tile_stored(1, sums + TILED, 4 * ACROSS);
-        if (tiles > 2) _tile_stored(2, sums + 2 * TILED, 4 * ACROSS);
+        if (tiles > 1) _tile_stored(1, sums + TILE_ROWS, 4 * ACROSS);
+        if (tiles > 2) _tile_stored(2, sums + 2 * TILE_ROWS, 4 * ACROSS);
     }
 }
 
@@ -116,7 +116,7 @@ inline void store(int64_t turn, int64_t tiles, int32_t (*sums)[ACROSS]) {
 inline void tiled_sums(const Matrix& matrix, int64_t panel, const Activations& from, int64_t rows, Wide* total) {
     const int64_t inputs = matrix.inputs, groups = matrix.groups, each = inputs / BLOCK / groups;
     const int64_t apart = PANEL * inputs / 2, bytes = PANEL * BLOCK / 2;  // of a panel, of its block
-    const int64_t spans = spans_of(inputs), tiles = (rows + TILED - 1) / TILED;
+    const int64_t spans = spans_of(inputs), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
     alignas(64) int8_t made[2][SPAN * ACROSS];
     alignas(64) int32_t sums[SLAB][ACROSS];
