@@ -19,7 +19,10 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17"),
+    "-fvisibility=hidden",  # else a process's libraries share what inline functions keep, tables of functions
+)
 BUILD_SECONDS = 120.0
 
 
@@ -35,6 +38,8 @@ def cache_folder() -> Path:
 @functools.cache
 def load(source: Path, *headers: Path) -> ctypes.CDLL | None:
     """The built file; None, with a warning in the log, where it cannot be built or loaded.
+
+    Only what the source makes visible (`#pragma GCC visibility push(default)`) is to be found in it.
 
     Args:
         headers: files that it includes; a change in one builds it anew.

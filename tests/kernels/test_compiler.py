@@ -34,7 +34,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 def source(folder: Path, body: str = "return 7;") -> Path:
     path = folder / "seven.cpp"
-    path.write_text(f'extern "C" int seven() {{ {body} }}')
+    path.write_text(f'extern "C" __attribute__((visibility("default"))) int seven() {{ {body} }}')
     return path
 
 
@@ -55,6 +55,20 @@ def test_a_changed_file_is_built_anew(tmp_path: Path) -> None:
     changed = compiler.load(source(tmp_path, "return 8;"))
     assert changed is not None
     assert changed.seven() == 8
+
+
+def test_libraries_share_nothing_of_inline_functions(tmp_path: Path) -> None:
+    # A processor's code and another's are both loaded where they are compared.
+    inline = "inline int& kept() {{ static int value = {}; return value; }}\n"
+    found = []
+    for value in (7, 8):
+        path = source(tmp_path, "return kept();")
+        path.write_text(inline.format(value) + path.read_text())
+        built = compiler.load(path)
+        assert built is not None
+        found.append(built.seven())
+        compiler.load.cache_clear()
+    assert found == [7, 8]
 
 
 @pytest.mark.parametrize("how", ["no compiler", "an error", "no cache"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -27,6 +29,9 @@ from galley_kernels.integer import (
 from galley_kernels.integer import linear as kernels_linear
 from galley_kernels.integer.interleaved import FloatMatrix
 from galley_kernels.integer.linear import exact, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
 
@@ -63,48 +68,74 @@ def test_products_are_those_of_rounded_activations(
     assert relative_error(found, whole) < ROUNDED[bits] + TOLERANCE[bits] + DTYPES[dtype]
 
 
-def has_avx512() -> bool:
+def has(*features: str) -> bool:
+    """Whether the processor has all of these, where the system says."""
     try:
         found = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return False
-    return {"avx2", "fma", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= set(found)
+    return set(features) <= set(found)
 
 
-@pytest.fixture(scope="module", params=[["-mno-amx-tile"], ["-mno-avx512f", "-mno-avxvnni"]], ids=" ".join)
-def narrower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The compiled code without a processor's tile registers, and for one with AVX2 and nothing newer."""
-    built = tmp_path_factory.mktemp("narrower") / "decoder.so"
-    source = Path(interleaved.__file__).parent / "decoder.cpp"
-    compiled = [
-        os.environ.get("CXX") or "c++",
-        *compiler.FLAGS,
-        *request.param,
-        str(source),
-        "-o",
-        str(built),
-    ]
-    subprocess.run(compiled, check=True, timeout=compiler.BUILD_SECONDS, capture_output=True)
-    return interleaved.typed(ctypes.CDLL(str(built)))
+@pytest.fixture(scope="module")
+def built_without(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
+    """The compiled code for a processor that lacks what flags turn off."""
+
+    @functools.cache
+    def build(*flags: str) -> object:
+        built = tmp_path_factory.mktemp("narrower") / "decoder.so"
+        source = Path(interleaved.__file__).parent / "decoder.cpp"
+        program = os.environ.get("CXX") or "c++"
+        compiled = [program, *compiler.FLAGS, *flags, str(source), "-o", str(built)]
+        subprocess.run(compiled, check=True, timeout=compiler.BUILD_SECONDS, capture_output=True)
+        return interleaved.typed(ctypes.CDLL(str(built)))
+
+    return build
 
 
-@pytest.mark.skipif(not has_avx512(), reason="no processor with AVX-512, or another system")
-@pytest.mark.parametrize("rows", [1, 5, 8, 13, 16, 37, 48, 100])
-@pytest.mark.parametrize("bits", [4, 8, 16, 32])
-def test_wider_registers_make_the_same_numbers(
-    bits: int, rows: int, narrower: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def results(
+    bits: int, rows: int, code: object, patch: pytest.MonkeyPatch, group: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product by this processor's code and by other `code`."""
     torch.manual_seed(rows)
     inputs, outputs = 192, 56  # seven panels
     if bits < 16:
-        linear = IntegerLinear([random_matrix(inputs, outputs, bits, 64, torch.bfloat16, "cpu", 0.02)])
+        linear = IntegerLinear([random_matrix(inputs, outputs, bits, group, torch.bfloat16, "cpu", 0.02)])
     else:
         weights = torch.randn(outputs, inputs)
         linear = FloatLinear(weights.bfloat16() if bits == 16 else weights)
     x = torch.randn(rows, inputs) * torch.logspace(-2, 2, inputs)
     found = linear(x)
-    monkeypatch.setattr(kernels_linear, "library", lambda: narrower)
-    assert torch.equal(found, linear(x))
+    patch.setattr(kernels_linear, "library", lambda: code)
+    return found, linear(x)
+
+
+@pytest.mark.skipif(
+    not has("avx2", "fma", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
+    reason="no processor with AVX-512, or another system",
+)
+@pytest.mark.parametrize("flags", [["-mno-amx-tile"], ["-mno-avx512f", "-mno-avxvnni"]], ids=" ".join)
+@pytest.mark.parametrize("rows", [1, 5, 8, 13, 16, 37, 48, 100])
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+def test_wider_registers_make_the_same_numbers(
+    bits: int,
+    rows: int,
+    flags: list[str],
+    built_without: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert torch.equal(*results(bits, rows, built_without(*flags), monkeypatch))
+
+
+@pytest.mark.skipif(not has("avx2", "fma"), reason="no processor with AVX2, or another system")
+@pytest.mark.parametrize("group", [32, 64, 96, 192])  # spans end with groups, in them, or both
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_registers_make_the_numbers_of_plain_code(
+    bits: int, rows: int, group: int, built_without: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = built_without("-mno-avx")
+    assert torch.equal(*results(bits, rows, plain, monkeypatch, group))
 
 
 @settings(max_examples=40, deadline=None)
@@ -139,24 +170,26 @@ def test_any_shape_and_adversarial_values(
     assert bool(((found - expected).abs() <= 2e-5 * scale + 1e-35).all())
 
 
-def test_extreme_codes_do_not_overflow() -> None:
-    # All sums of a block are as large as they can be: -8 or 7 times 127, 32 times.
+@pytest.mark.parametrize("groups", [1, 2])
+def test_extreme_codes_do_not_overflow(groups: int) -> None:
+    # All sums of a span are as large as they can be: -8 or 7 times 127, 64 times, or 32 where groups end.
     for code in (-8, 7):
         words = pack_codes(torch.full((8, 64), code), 4)
-        matrix = PackedMatrix(words, torch.ones(8, 2), 4)
+        matrix = PackedMatrix(words, torch.ones(8, groups), 4)
         for value in (-1.0, 1.0):
             x = torch.full((4, 64), value)
             assert torch.equal(IntegerLinear([matrix])(x), torch.full((4, 8), 64.0 * code * value))
 
 
-def test_opposite_halves_of_a_block_do_not_overflow() -> None:
-    # Two sums of 16 bits have half of a block's inputs each, and start at minus four times all activations.
+@pytest.mark.parametrize("groups", [1, 2])
+def test_opposite_parts_of_a_span_do_not_overflow(groups: int) -> None:
+    # Two sums of 16 bits have half of a span's inputs each, and start at minus eight times their activations.
     place = torch.arange(64)
-    patterns = [place % 4 < 2, place % 4 >= 2, place % 2 == 0, place < 16, place >= 0]
+    patterns = [place % 4 < 2, place % 4 >= 2, place % 2 == 0, place < 16, place < 32, place >= 0]
     signs = torch.stack([torch.where(chosen, 1, -1) for chosen in patterns])
     x = torch.cat([signs, -signs]).float()
     codes = torch.cat([torch.where(x > 0, high, low) for high in (7, 0, -8) for low in (-8, 0, 7)]).int()
-    matrix = PackedMatrix(pack_codes(codes, 4), torch.ones(len(codes), 2), 4)
+    matrix = PackedMatrix(pack_codes(codes, 4), torch.ones(len(codes), groups), 4)
     assert torch.allclose(IntegerLinear([matrix])(x), x @ codes.float().T, atol=1e-4)
 
 

@@ -298,6 +298,7 @@ Scratch& scratch_of(const Decoder& decoder) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Queries, keys and values of the first layer, of the residual.
@@ -360,3 +361,4 @@ void galley_integer_linear(const Linear* map, const void* x, void* out, int64_t 
     }
 }
 }
+#pragma GCC visibility pop

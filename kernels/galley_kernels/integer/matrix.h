@@ -72,12 +72,14 @@ struct Needs {
 #define GALLEY_VNNI 1
 #endif
 
-// Where a block's sum of products with 4-bit codes starts, which are 8 too large; `sum` is of its activations.
-inline int32_t start_of(int32_t sum) {
+// Where a block's sum of products with 4-bit codes starts, which are 8 too large. The sums are of its activations, of
+// the first two in every four inputs and of the others.
+inline int32_t start_of(int32_t first, int32_t second) {
 #if defined(GALLEY_AVX2) && !defined(GALLEY_VNNI)
-    return ((-4 * sum) & 0xffff) * 0x10001u;  // half in each of the two sums of 16 bits
+    const uint32_t low = -8u * first, high = -8u * second;  // two sums of 16 bits
+    return static_cast<int32_t>((low & 0xffff) | high << 16);
 #else
-    return -8 * sum;
+    return -8 * (first + second);
 #endif
 }
 
@@ -96,19 +98,19 @@ inline float largest(const float* x, int64_t count) {
 #endif
 }
 
-// 32 numbers times `by`, rounded to the nearest integer.
+// 32 numbers times `by`, rounded to the nearest integer; for bytes, `start_of` their sums.
 template <typename Integer>
 inline int32_t round_block(const float* x, float by, Integer* made) {
-    int32_t sum = 0;
+    int32_t start = 0;
 #ifdef GALLEY_AVX2
     const __m256 factor = _mm256_set1_ps(by);
     __m256i some[4];
     for (int i = 0; i < 4; ++i) some[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), factor));
     if (sizeof(Integer) == 1) {
         const __m256i total = _mm256_add_epi32(_mm256_add_epi32(some[0], some[1]), _mm256_add_epi32(some[2], some[3]));
-        __m128i half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-        half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-        sum = _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+        __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+        sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1));
+        start = start_of(_mm_cvtsi128_si32(sums), _mm_extract_epi32(sums, 2));
         const __m256i packed =
             _mm256_packs_epi16(_mm256_packs_epi32(some[0], some[1]), _mm256_packs_epi32(some[2], some[3]));
         const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -119,12 +121,14 @@ inline int32_t round_block(const float* x, float by, Integer* made) {
                                 _mm256_permute4x64_epi64(_mm256_packs_epi32(some[2 * i], some[2 * i + 1]), 0xd8));
     }
 #else
+    int32_t sums[2] = {};
     for (int i = 0; i < BLOCK; ++i) {
         made[i] = static_cast<Integer>(std::nearbyint(x[i] * by));
-        sum += made[i];
+        sums[i / 2 % 2] += made[i];
     }
+    start = start_of(sums[0], sums[1]);
 #endif
-    return sum;
+    return start;
 }
 
 // What is needed of a row, one of `rows`; spans of zeros, or too small for a scale, become zeros.
@@ -140,7 +144,7 @@ inline void round_row(const Activations& to, int64_t row, int64_t rows, int64_t 
         for (int64_t i = first; i < last; i += BLOCK) {
             const int64_t from = row * inputs + i;
             if (needs.bytes)
-                to.starts[from / BLOCK] = start_of(round_block(x + i, some ? 127 / most : 0, to.bytes + from));
+                to.starts[from / BLOCK] = round_block(x + i, some ? 127 / most : 0, to.bytes + from);
             if (needs.words) round_block(x + i, some ? 32767 / most : 0, to.words + from);
         }
     }

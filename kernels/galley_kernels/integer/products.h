@@ -17,213 +17,215 @@
 
 namespace galley {
 
+// What registers hold: of PANELS panels of outputs, sums of up to WIDEST rows.
+template <int PANELS>
+struct Held {
+    using Register = Lanes;
+    static constexpr int REGISTERS = PANELS, WIDEST = 6;
+    static Register same(float value) { return all(value); }
+    template <typename Weight>
+    static Register read(const Weight* from, int64_t) {
+        return lanes(from);
+    }
+    static void write(float* to, int64_t, Register value) { put(to, value); }
+};
+#ifdef GALLEY_AVX512
+template <>
+struct Held<2> {
+    using Register = Wide;
+    static constexpr int REGISTERS = 1, WIDEST = 12;
+    static Register same(float value) { return _mm512_set1_ps(value); }
+    template <typename Weight>
+    static Register read(const Weight* from, int64_t apart) {
+        return lanes(from, from + apart);
+    }
+    static void write(float* to, int64_t apart, Register value) { put(to, to + apart, value); }
+};
+#endif
+
 #ifdef GALLEY_AVX2
 
-// Four bytes of an activation for each of eight outputs.
-inline __m256i spread_four(const void* from) {
-    int32_t four;
-    std::memcpy(&four, from, 4);
-    return _mm256_set1_epi32(four);
-}
-
+// Sums of integers, as `Held` has those of floats. Codes are `apart` bytes apart from panel to panel. Without VNNI,
+// sums of 4-bit codes are two of 16 bits, which a span's fit: 32 products with -8 to 7 of -127 to 127.
+template <int PANELS>
+struct Counted {
+    using Register = __m256i;
+    // Eight inputs' 4-bit codes, those of the first four in the low halves of bytes; two inputs' of 8 bits, as words.
+    static Register halves(const uint8_t* codes, int64_t, int64_t step) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + step);
+    }
+    static Register low(Register both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
+    static Register high(Register both) { return low(_mm256_srli_epi16(both, 4)); }
+    static Register words(const uint8_t* codes, int64_t, int64_t step) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + step));
+    }
+    // Four bytes of activations for each output.
+    template <typename Number>
+    static Register spread(const Number* from) {
+        int32_t four;
+        std::memcpy(&four, from, 4);
+        return _mm256_set1_epi32(four);
+    }
+    static Register start(const int32_t* blocks, int64_t count) {
 #ifdef GALLEY_VNNI
-inline __m256i add_products(__m256i sum, __m256i codes, __m256i bytes) {
+        return _mm256_set1_epi32(count == 2 ? blocks[0] + blocks[1] : blocks[0]);
+#else
+        const Register one = _mm256_set1_epi32(blocks[0]);
+        return count == 2 ? _mm256_add_epi16(one, _mm256_set1_epi32(blocks[1])) : one;
+#endif
+    }
+    static Register none() { return _mm256_setzero_si256(); }
+    static void add_bytes(Register& sum, Register codes, Register bytes) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sum, codes, bytes);
+        sum = _mm256_dpbusd_epi32(sum, codes, bytes);
+#elif defined(GALLEY_VNNI)
+        sum = _mm256_dpbusd_avx_epi32(sum, codes, bytes);
 #else
-    return _mm256_dpbusd_avx_epi32(sum, codes, bytes);
+        Register made;  // added at once: else all products are made first, which spills sums
+        asm volatile("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+                     : "+x"(sum), "=&x"(made)
+                     : "x"(codes), "x"(bytes));
 #endif
-}
-#endif
-
-// A block's sums of products, as integers of 32 bits: of PANELS panels, whose codes are `apart` bytes apart.
-template <int BITS, int ROWS, int PANELS>
-inline void block_sums(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
-                       int64_t from, const int32_t* starts, int64_t blocks, __m256i (*sum)[ROWS]) {
-    for (int r = 0; r < ROWS; ++r) {
-        const __m256i start = _mm256_set1_epi32(BITS == 4 ? starts[r * blocks] : 0);
-        for (int p = 0; p < PANELS; ++p) sum[p][r] = start;
     }
-    if (BITS == 4) {
-        const __m256i low = _mm256_set1_epi8(15);
-        const int8_t* x = rows.bytes + row * inputs + from;
-#pragma GCC unroll 1  // else products are all made first, and spilled
-        for (int step = 0; step < BLOCK / 8; ++step) {
-            __m256i one[PANELS], two[PANELS];
-            for (int p = 0; p < PANELS; ++p) {
-                const __m256i both =
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + p * apart) + step);
-                one[p] = _mm256_and_si256(both, low);
-                two[p] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-            }
-            for (int r = 0; r < ROWS; ++r) {
-                const __m256i left = spread_four(x + r * inputs + 8 * step);
-                const __m256i right = spread_four(x + r * inputs + 8 * step + 4);
-                for (int p = 0; p < PANELS; ++p) {
-#ifdef GALLEY_VNNI
-                    sum[p][r] = add_products(add_products(sum[p][r], one[p], left), two[p], right);
-#else
-                    // All sixteen products and the start are at most 30480, which fits 16 bits.
-                    // Added so, else products are added to each other first, which spills sums.
-                    asm("vpaddw %1, %0, %0" : "+x"(sum[p][r]) : "x"(_mm256_maddubs_epi16(one[p], left)));
-                    asm("vpaddw %1, %0, %0" : "+x"(sum[p][r]) : "x"(_mm256_maddubs_epi16(two[p], right)));
-#endif
-                }
-            }
-        }
+    static void add_words(Register& sum, Register codes, Register words) {
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes, words));
+        asm("" : "+x"(sum));
+    }
+    template <int BITS>
+    static Lanes floats(Register sum) {
 #ifndef GALLEY_VNNI
-        for (int p = 0; p < PANELS; ++p)
-            for (int r = 0; r < ROWS; ++r) sum[p][r] = _mm256_madd_epi16(sum[p][r], _mm256_set1_epi16(1));
+        if (BITS == 4) sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 #endif
-    } else {
-        const int16_t* x = rows.words + row * inputs + from;
-#pragma GCC unroll 1
-        for (int step = 0; step < BLOCK / 2; ++step) {
-            __m256i some[PANELS];
-            for (int p = 0; p < PANELS; ++p)
-                some[p] = _mm256_cvtepi8_epi16(
-                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + p * apart) + step));
-            for (int r = 0; r < ROWS; ++r) {
-                const __m256i two = spread_four(x + r * inputs + 2 * step);
-                for (int p = 0; p < PANELS; ++p) {
-                    sum[p][r] = _mm256_add_epi32(sum[p][r], _mm256_madd_epi16(some[p], two));
-                    asm("" : "+x"(sum[p][r]));
-                }
-            }
-        }
+        return _mm256_cvtepi32_ps(sum);
     }
-}
+    static Lanes scales(const Matrix& matrix, int64_t panel, int64_t group) {
+        return eight_scales(matrix, (panel * matrix.groups + group) * PANEL);
+    }
+};
 
 #ifdef GALLEY_AVX512
+template <>
+struct Counted<2> {
+    using Register = __m512i;
+    static Register halves(const uint8_t* codes, int64_t apart, int64_t step) {
+        const __m256i* one = reinterpret_cast<const __m256i*>(codes) + step;
+        const __m256i* other = reinterpret_cast<const __m256i*>(codes + apart) + step;
+        return side_by_side(_mm256_loadu_si256(one), _mm256_loadu_si256(other));
+    }
+    static Register low(Register both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
+    static Register high(Register both) { return low(_mm512_srli_epi16(both, 4)); }
+    static Register words(const uint8_t* codes, int64_t apart, int64_t step) {
+        const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + step);
+        const __m128i other = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + apart) + step);
+        return _mm512_cvtepi8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1));
+    }
+    template <typename Number>
+    static Register spread(const Number* from) {
+        int32_t four;
+        std::memcpy(&four, from, 4);
+        return _mm512_set1_epi32(four);
+    }
+    static Register start(const int32_t* blocks, int64_t count) {
+        return _mm512_set1_epi32(count == 2 ? blocks[0] + blocks[1] : blocks[0]);
+    }
+    static Register none() { return _mm512_setzero_si512(); }
+    static void add_bytes(Register& sum, Register codes, Register bytes) {
+        sum = _mm512_dpbusd_epi32(sum, codes, bytes);
+    }
+    static void add_words(Register& sum, Register codes, Register words) {
+        sum = _mm512_dpwssd_epi32(sum, codes, words);
+    }
+    template <int BITS>
+    static Wide floats(Register sum) {
+        return _mm512_cvtepi32_ps(sum);
+    }
+    static Wide scales(const Matrix& matrix, int64_t panel, int64_t group) { return pair_scales(matrix, panel, group); }
+};
+#endif
 
-template <typename Number>
-inline __m512i spread_wide(const Number* from) {
-    int32_t four;
-    std::memcpy(&four, from, 4);
-    return _mm512_set1_epi32(four);
-}
-
-// Adds a block's products to the sums of two panels, side by side.
-template <int BITS, int ROWS>
-inline void pair_block(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
-                       int64_t from, __m512i* sum) {
+// Adds a block's products to the sums of PANELS panels.
+template <int BITS, int ROWS, int PANELS>
+inline void add_block(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row, int64_t inputs,
+                      int64_t from, typename Counted<PANELS>::Register (*sum)[ROWS]) {
+    using Here = Counted<PANELS>;
+    using Register = typename Here::Register;
+    constexpr int REGISTERS = Held<PANELS>::REGISTERS;
     if (BITS == 4) {
-        const __m512i low = _mm512_set1_epi8(15);
         const int8_t* x = rows.bytes + row * inputs + from;
+#pragma GCC unroll 4
         for (int step = 0; step < BLOCK / 8; ++step) {
-            const __m256i* one = reinterpret_cast<const __m256i*>(codes) + step;
-            const __m256i* other = reinterpret_cast<const __m256i*>(codes + apart) + step;
-            const __m512i both = side_by_side(_mm256_loadu_si256(one), _mm256_loadu_si256(other));
-            const __m512i left = _mm512_and_si512(both, low);
-            const __m512i right = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-            for (int r = 0; r < ROWS; ++r) {
-                const int8_t* own = x + r * inputs + 8 * step;
-                sum[r] = _mm512_dpbusd_epi32(sum[r], left, spread_wide(own));
-                sum[r] = _mm512_dpbusd_epi32(sum[r], right, spread_wide(own + 4));
+            for (int half = 0; half < 2; ++half) {
+                Register some[REGISTERS];
+                for (int p = 0; p < REGISTERS; ++p) {
+                    const Register both = Here::halves(codes + p * apart, apart, step);
+                    some[p] = half ? Here::high(both) : Here::low(both);
+                }
+                for (int r = 0; r < ROWS; ++r) {
+                    const Register four = Here::spread(x + r * inputs + 8 * step + 4 * half);
+                    for (int p = 0; p < REGISTERS; ++p) Here::add_bytes(sum[p][r], some[p], four);
+                }
             }
         }
     } else {
         const int16_t* x = rows.words + row * inputs + from;
+#pragma GCC unroll 4
         for (int step = 0; step < BLOCK / 2; ++step) {
-            const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + step);
-            const __m128i other = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + apart) + step);
-            const __m512i some = _mm512_cvtepi8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1));
-            for (int r = 0; r < ROWS; ++r)
-                sum[r] = _mm512_dpwssd_epi32(sum[r], some, spread_wide(x + r * inputs + 2 * step));
+            Register some[REGISTERS];
+            for (int p = 0; p < REGISTERS; ++p) some[p] = Here::words(codes + p * apart, apart, step);
+            for (int r = 0; r < ROWS; ++r) {
+                const Register two = Here::spread(x + r * inputs + 2 * step);
+                for (int p = 0; p < REGISTERS; ++p) Here::add_words(sum[p][r], some[p], two);
+            }
         }
     }
 }
 
-// Sums [2][ROWS][8] of two panels.
-template <int BITS, int ROWS>
-inline void pair_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
+// Sums [PANELS][ROWS][8] of neighbouring panels.
+template <int BITS, int ROWS, int PANELS>
+inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
+    using Here = Counted<PANELS>;
+    using Floats = Held<PANELS>;
+    constexpr int REGISTERS = Floats::REGISTERS;
     const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
     const int64_t apart = PANEL * inputs * BITS / 8, bytes = PANEL * BLOCK * BITS / 8;  // of a panel, of its block
     const int64_t spans = spans_of(inputs);
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
     const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * spans;
-    const int32_t* starts = rows.starts + row * blocks;
-    __m512 total[ROWS];
-    for (int r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
+    const int32_t* starts = BITS == 4 ? rows.starts + row * blocks : nullptr;
+    typename Floats::Register total[REGISTERS][ROWS];
+    for (int p = 0; p < REGISTERS; ++p)
+        for (int r = 0; r < ROWS; ++r) total[p][r] = Floats::same(0);
     for (int64_t group = 0; group < groups; ++group) {
-        __m512 part[ROWS];
-        for (int r = 0; r < ROWS; ++r) part[r] = _mm512_setzero_ps();
+        typename Floats::Register part[REGISTERS][ROWS];
+        for (int p = 0; p < REGISTERS; ++p)
+            for (int r = 0; r < ROWS; ++r) part[p][r] = Floats::same(0);
         const int64_t last = (group + 1) * each;
         for (int64_t block = group * each, count; block < last; block += count) {
             count = blocks_together(block, last);
-            if (!row)  // see `panel_sums`
-                for (int64_t line = 0; line < 2 * count * bytes; line += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(codes) + 2 * (apart + block * bytes) + line,
+            if (!row)  // rows to come need none of this from memory, but the next panels do
+                for (int64_t line = 0; line < PANELS * count * bytes; line += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * (apart + block * bytes) + line,
                                  _MM_HINT_T0);
-            __m512i sum[ROWS];
+            typename Here::Register sum[REGISTERS][ROWS];
             for (int r = 0; r < ROWS; ++r) {
-                const int32_t* start = starts + r * blocks + block;
-                sum[r] = BITS == 4 ? _mm512_set1_epi32(count == 2 ? start[0] + start[1] : start[0])
-                                   : _mm512_setzero_si512();
+                sum[0][r] = BITS == 4 ? Here::start(starts + r * blocks + block, count) : Here::none();
+                for (int p = 1; p < REGISTERS; ++p) sum[p][r] = sum[0][r];
             }
             for (int64_t b = block; b < block + count; ++b)
-                pair_block<BITS, ROWS>(codes + b * bytes, apart, rows, row, inputs, b * BLOCK, sum);
-            for (int r = 0; r < ROWS; ++r)
-                part[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), _mm512_set1_ps(scales[r * spans + block / 2]),
-                                          part[r]);
-        }
-        const __m512 scale = pair_scales(matrix, panel, group);
-        for (int r = 0; r < ROWS; ++r) total[r] = _mm512_fmadd_ps(scale, part[r], total[r]);
-    }
-    for (int r = 0; r < ROWS; ++r) put(found + r * PANEL, found + (ROWS + r) * PANEL, total[r]);
-}
-
-#endif
-
-// Sums [PANELS][ROWS][8] of neighbouring panels.
-template <int BITS, int ROWS, int PANELS>
-inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
-#ifdef GALLEY_AVX512
-    if constexpr (PANELS == 2) return pair_sums<BITS, ROWS>(matrix, panel, rows, row, found);
-#endif
-    const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
-    const int64_t apart = PANEL * inputs * BITS / 8;
-    const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
-    const int64_t spans = spans_of(inputs);
-    const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * spans;
-    const int32_t* starts = BITS == 4 ? rows.starts + row * blocks : nullptr;
-    __m256 total[PANELS][ROWS];
-    for (int p = 0; p < PANELS; ++p)
-        for (int r = 0; r < ROWS; ++r) total[p][r] = _mm256_setzero_ps();
-    for (int64_t group = 0; group < groups; ++group) {
-        __m256 part[PANELS][ROWS];
-        for (int p = 0; p < PANELS; ++p)
-            for (int r = 0; r < ROWS; ++r) part[p][r] = _mm256_setzero_ps();
-        const int64_t last = (group + 1) * each;
-        for (int64_t block = group * each, count; block < last; block += count) {
-            count = blocks_together(block, last);
-            __m256i sum[PANELS][ROWS];
-            for (int64_t b = block; b < block + count; ++b) {
-                if (!row)  // rows to come need none of this from memory, but the next panels do
-                    for (int64_t line = 0; line < PANELS * PANEL * BLOCK * BITS / 8; line += 64)
-                        _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * apart +
-                                         b * PANELS * PANEL * BLOCK * BITS / 8 + line,
-                                     _MM_HINT_T0);
-                __m256i more[PANELS][ROWS];
-                block_sums<BITS, ROWS, PANELS>(codes + b * PANEL * BLOCK * BITS / 8, apart, rows, row, inputs,
-                                               b * BLOCK, starts + b, blocks, more);
-                for (int p = 0; p < PANELS; ++p)
-                    for (int r = 0; r < ROWS; ++r)
-                        sum[p][r] = b == block ? more[p][r] : _mm256_add_epi32(sum[p][r], more[p][r]);
-            }
+                add_block<BITS, ROWS, PANELS>(codes + b * bytes, apart, rows, row, inputs, b * BLOCK, sum);
             for (int r = 0; r < ROWS; ++r) {
-                const __m256 scale = _mm256_set1_ps(scales[r * spans + block / 2]);
-                for (int p = 0; p < PANELS; ++p)
-                    part[p][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[p][r]), scale, part[p][r]);
+                const auto scale = Floats::same(scales[r * spans + block / 2]);
+                for (int p = 0; p < REGISTERS; ++p)
+                    part[p][r] = fused(Here::template floats<BITS>(sum[p][r]), scale, part[p][r]);
             }
         }
-        for (int p = 0; p < PANELS; ++p) {
-            const __m256 scale = eight_scales(matrix, ((panel + p) * groups + group) * PANEL);
-            for (int r = 0; r < ROWS; ++r) total[p][r] = _mm256_fmadd_ps(scale, part[p][r], total[p][r]);
+        for (int p = 0; p < REGISTERS; ++p) {
+            const auto scale = Here::scales(matrix, panel + p, group);
+            for (int r = 0; r < ROWS; ++r) total[p][r] = fused(scale, part[p][r], total[p][r]);
         }
     }
-    for (int p = 0; p < PANELS; ++p)
-        for (int r = 0; r < ROWS; ++r) _mm256_storeu_ps(found + (p * ROWS + r) * PANEL, total[p][r]);
+    for (int p = 0; p < REGISTERS; ++p)
+        for (int r = 0; r < ROWS; ++r) Floats::write(found + (p * ROWS + r) * PANEL, ROWS * PANEL, total[p][r]);
 }
 
 #else
@@ -277,32 +279,6 @@ struct Ahead {
     const char* weights;
     int64_t apart, input, due, every;  // bytes from panel to panel and from input to input; inputs
 };
-
-// What registers hold beside floating weights: of PANELS panels of outputs, sums of up to WIDEST rows.
-template <int PANELS>
-struct Held {
-    using Register = Lanes;
-    static constexpr int REGISTERS = PANELS, WIDEST = 6;
-    static Register same(float value) { return all(value); }
-    template <typename Weight>
-    static Register read(const Weight* from, int64_t) {
-        return lanes(from);
-    }
-    static void write(float* to, int64_t, Register value) { put(to, value); }
-};
-#ifdef GALLEY_AVX512
-template <>
-struct Held<2> {
-    using Register = Wide;
-    static constexpr int REGISTERS = 1, WIDEST = 12;
-    static Register same(float value) { return _mm512_set1_ps(value); }
-    template <typename Weight>
-    static Register read(const Weight* from, int64_t apart) {
-        return lanes(from, from + apart);
-    }
-    static void write(float* to, int64_t apart, Register value) { put(to, to + apart, value); }
-};
-#endif
 
 // Floating weights: a row's products are added in the order of the inputs, and sums of 64 to each other. This adds
 // those of up to 64 inputs, `count`, to total [PANELS][..][8], whose panels are `rows` rows apart. If KEPT, the

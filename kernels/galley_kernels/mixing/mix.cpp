@@ -88,6 +88,7 @@ void mix_row(const float* logits, const float* other, float weight, const int64_
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Strides are between rows. `columns`, or null: where each of `other`'s columns is in the vocabulary.
@@ -100,3 +101,4 @@ void galley_mix(const float* logits, const float* other, const float* weights, c
                 out + row * vocabulary, vocabulary, count);
 }
 }
+#pragma GCC visibility pop

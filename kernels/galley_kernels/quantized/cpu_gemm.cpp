@@ -213,6 +213,7 @@ void expand(const int32_t* words, Floats scales, const int32_t* starts, const in
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // float32 out [rows][outputs] of float32 x [rows][inputs]; `starts` is null where nothing is apart.
@@ -231,3 +232,4 @@ void galley_expand(int bits, const int32_t* words, const void* scales, int scale
                                         outputs, inputs, groups, threads);
 }
 }
+#pragma GCC visibility pop
