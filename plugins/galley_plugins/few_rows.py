@@ -1,7 +1,7 @@
 """Linear maps of plain weights on a CPU, where a step has few rows: chats for their next token.
 
 What a library does for products of many rows costs those of few as much again, and vLLM calls a layer's
-operations one by one. Here float32 maps run in compiled code (`galley_kernels.integer`), from weights in
+operations one by one. Here float32 maps run in compiled code (`galley_kernels.compiled`), from weights in
 16 bits where float32 adds nothing to them, as checkpoints in bfloat16 have them: half the bytes to read. A
 row's result does not depend on the rows beside it. Steps of more rows run as in vLLM.
 """
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from galley_kernels import integer
-from galley_kernels.integer import FloatLinear
+from galley_kernels import compiled
+from galley_kernels.compiled import FloatLinear
 from galley_plugins import vllm_compat
 from galley_plugins.worker.memory import available_bytes
 
@@ -41,7 +41,7 @@ def wanted(vllm_config: Any) -> bool:
         and vllm_config.model_config.dtype == torch.float32
         and vllm_config.compilation_config.mode == CompilationMode.NONE
         and vllm_config.lora_config is None
-        and integer.available()
+        and compiled.available()
     )
 
 

@@ -168,7 +168,7 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "makes the weight and its sharded loader",
         ),
     ),
-    "integer-decoder": (
+    "compiled-decoder": (
         (
             "vllm.model_executor.models.llama",
             "LlamaModel.forward",

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from galley_kernels import PackedMatrix
-from galley_kernels.integer.linear import exact
+from galley_kernels.compiled.linear import exact
 from galley_plugins.quantization.checkpoint import quantize_checkpoint
 from galley_plugins.quantization.layout import read_quantized
 from galley_plugins.quantization.plan import Plan

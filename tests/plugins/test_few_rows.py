@@ -11,10 +11,10 @@ import torch
 from vllm.config import CompilationMode
 from vllm.model_executor.layers import utils
 
-from galley_kernels import integer
+from galley_kernels import compiled
 from galley_plugins import few_rows
 
-pytestmark = pytest.mark.skipif(not integer.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 INPUTS, OUTPUTS = 64, 48
 

@@ -3,7 +3,7 @@
 Maps are of packed weights and integers, or of few rows and weights as they are (`galley_plugins.few_rows`).
 vLLM runs a layer as some twenty operations, each called from Python; with 4-bit weights, those calls take
 longer than the products, and with others nearly as long. Here a whole pass is one call
-(`galley_kernels.integer`), on processors where vLLM keeps keys and values in the layout that it reads, for
+(`galley_kernels.compiled`), on processors where vLLM keeps keys and values in the layout that it reads, for
 requests that attend to all before them, drafts that branch included. Elsewhere a layer is three: keys and
 values into the cache, vLLM's attention, and the rest. Steps that something looks into between layers run as
 vLLM runs them, but what enters an MLP is kept here too.
@@ -20,7 +20,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from galley_kernels.integer import DecoderLayer, FloatLinear, IntegerDecoder, PagedCache, Requests
+from galley_kernels.compiled import CompiledDecoder, DecoderLayer, FloatLinear, PagedCache, Requests
 from galley_plugins import few_rows, vllm_compat
 from galley_plugins.runners.layer_taps import MlpTap, looked_into
 from galley_plugins.speculation.tree_attention import TreeAttentionMetadata
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
     import torch
 
-LAYOUT = "vec"  # of vLLM's caches on a CPU: that which `galley_kernels.integer` reads
+LAYOUT = "vec"  # of vLLM's caches on a CPU: that which `galley_kernels.compiled` reads
 
 logger = init_logger("vllm.galley.quantization.decoder")
 
 
 def install(model: Any) -> int:
-    """Where all of its decoder layers are what `IntegerDecoder` computes, run them so; how many that are.
+    """Where all of its decoder layers are what `CompiledDecoder` computes, run them so; how many that are.
 
     Args:
         model: vLLM's, with its weights.
     """
-    vllm_compat.check("integer-decoder")
+    vllm_compat.check("compiled-decoder")
     inner: Any = getattr(model, "model", None)
     if type(inner) is not LlamaModel or not all(_suits(layer) for layer in inner.layers):
         return 0
@@ -91,7 +91,7 @@ class DecoderForward:
         first = model.layers[0]
         attention, rope = first.self_attn, first.self_attn.rotary_emb
         dtype = next(model.embed_tokens.parameters()).dtype
-        self._decoder = IntegerDecoder(
+        self._decoder = CompiledDecoder(
             [
                 DecoderLayer(
                     layer.input_layernorm.weight.data,

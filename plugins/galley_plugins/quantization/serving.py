@@ -21,8 +21,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.platforms import current_platform
 
-from galley_kernels import PackedMatrix, SparseRows, integer, pack_codes, w4a16_gemm, w8a16_gemm
-from galley_kernels.integer import IntegerLinear, InterleavedMatrix
+from galley_kernels import PackedMatrix, SparseRows, compiled, pack_codes, w4a16_gemm, w8a16_gemm
+from galley_kernels.compiled import IntegerLinear, InterleavedMatrix
 from galley_kernels.quantized import cpu_gemm
 from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
@@ -166,7 +166,7 @@ class _Here:
             packed
             and options.activations == "integer"
             and config.model_config.dtype in INTEGER_TYPES
-            and integer.available()
+            and compiled.available()
         )
         return cls(packed, integers, integers and options.output_bits == 8)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from galley_kernels.bench import random_matrix, relative_error
-from galley_kernels.integer import (
+from galley_kernels.compiled import (
+    CompiledDecoder,
     DecoderLayer,
-    IntegerDecoder,
     IntegerLinear,
     PagedCache,
     Requests,
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
 HIDDEN, INNER, QUERIES, KEYS, HEAD, BLOCK, BLOCKS = 64, 96, 6, 2, 32, 64, 40
 
 
-def decoder_of(dtype: torch.dtype) -> IntegerDecoder:
+def decoder_of(dtype: torch.dtype) -> CompiledDecoder:
     torch.manual_seed(7)
 
     def linear(inputs: int, outputs: int) -> IntegerLinear:
@@ -39,7 +39,7 @@ def decoder_of(dtype: torch.dtype) -> IntegerDecoder:
         for _ in range(2)
     ]
     angles = torch.randn(2048, HEAD // 2)
-    return IntegerDecoder(
+    return CompiledDecoder(
         layers,
         torch.ones(HIDDEN),
         torch.cat([angles.cos(), angles.sin()], -1),
@@ -79,7 +79,7 @@ def new_caches(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def by_vllm(
-    decoder: IntegerDecoder, batch: Batch, x: torch.Tensor, caches: list[torch.Tensor]
+    decoder: CompiledDecoder, batch: Batch, x: torch.Tensor, caches: list[torch.Tensor]
 ) -> torch.Tensor:
     from vllm import _custom_ops as ops
 

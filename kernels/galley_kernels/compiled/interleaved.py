@@ -46,11 +46,11 @@ def library() -> Any:
 def typed(found: Any) -> Any:
     """The compiled code, with the types of its functions."""
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    found.galley_integer_linear.argtypes = [pointer] * 3 + [ctypes.c_int64] + [number] * 3
+    found.galley_compiled_linear.argtypes = [pointer] * 3 + [ctypes.c_int64] + [number] * 3
     found.galley_decoder_begin.argtypes = [pointer] * 3
     found.galley_decoder_follow.argtypes = [pointer] * 4
     found.galley_decoder_run.argtypes = [pointer, pointer, ctypes.c_int64, pointer, pointer]
-    for name in ("integer_linear", "decoder_begin", "decoder_follow", "decoder_run"):
+    for name in ("compiled_linear", "decoder_begin", "decoder_follow", "decoder_run"):
         getattr(found, f"galley_{name}").restype = None
     return found
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from galley_kernels.integer.interleaved import TYPES, library
-from galley_kernels.integer.linear import CompiledLinear, Linear
+from galley_kernels.compiled.interleaved import TYPES, library
+from galley_kernels.compiled.linear import CompiledLinear, Linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,7 +156,7 @@ class Step:
         result: [rows, hidden], normed, after the last layer.
     """
 
-    def __init__(self, decoder: IntegerDecoder, positions: torch.Tensor, embeddings: torch.Tensor) -> None:
+    def __init__(self, decoder: CompiledDecoder, positions: torch.Tensor, embeddings: torch.Tensor) -> None:
         rows, dtype = len(positions), decoder.dtype
         self.residual = embeddings.to(torch.float32, copy=True)
         self.positions = positions.contiguous()
@@ -173,7 +173,7 @@ class Step:
         self.address = ctypes.addressof(self._structure)
 
 
-class IntegerDecoder:
+class CompiledDecoder:
     """
     Args:
         final_norm: floating [hidden].

@@ -334,7 +334,7 @@ void galley_decoder_run(const Decoder* decoder, const Layer* layers, int64_t cou
 }
 
 // float32 or bfloat16 out [rows][outputs] of x [rows][inputs].
-void galley_integer_linear(const Linear* map, const void* x, void* out, int64_t rows, int from_float, int to_float,
+void galley_compiled_linear(const Linear* map, const void* x, void* out, int64_t rows, int from_float, int to_float,
                            int threads) {
     static thread_local Scratch::Input scratch;
     static thread_local std::vector<float> made;

@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 
 from galley_kernels import PackedMatrix, compiler, pack_codes
 from galley_kernels.bench import random_matrix, relative_error
-from galley_kernels.integer import (
+from galley_kernels.compiled import (
+    CompiledDecoder,
     DecoderLayer,
     FloatLinear,
-    IntegerDecoder,
     IntegerLinear,
     InterleavedMatrix,
     available,
     interleaved,
 )
-from galley_kernels.integer import linear as kernels_linear
-from galley_kernels.integer.interleaved import FloatMatrix
-from galley_kernels.integer.linear import exact, rounded
+from galley_kernels.compiled import linear as kernels_linear
+from galley_kernels.compiled.interleaved import FloatMatrix
+from galley_kernels.compiled.linear import exact, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -338,7 +338,7 @@ def test_a_decoder_of_floating_maps() -> None:
     results = []
     attention = torch.randn(5, QUERIES, HEAD)
     for layer in (integers, floats):
-        decoder = IntegerDecoder(
+        decoder = CompiledDecoder(
             [layer], torch.ones(HIDDEN), angles, query_heads=QUERIES, key_heads=KEYS, head=HEAD, epsilon=1e-5,
             dtype=torch.float32,
         )  # fmt: skip
@@ -358,7 +358,7 @@ def test_decoder_layers_are_norms_maps_and_a_gate(dtype: torch.dtype, rows: int)
     made = [some_layer(bits, 0.1) for bits in (8, 8)]
     final = 1 + 0.1 * torch.randn(HIDDEN)
     angles = torch.randn(100, ROTARY // 2, dtype=torch.float64)
-    decoder = IntegerDecoder(
+    decoder = CompiledDecoder(
         [layer for layer, _ in made],
         final,
         torch.cat([angles.cos(), angles.sin()], -1).float(),
@@ -400,7 +400,7 @@ def test_decoder_layers_are_norms_maps_and_a_gate(dtype: torch.dtype, rows: int)
 
 def test_rows_that_cannot_be_kept_are_refused() -> None:
     layer, _ = some_layer(4, 0.0)
-    decoder = IntegerDecoder(
+    decoder = CompiledDecoder(
         [layer],
         torch.ones(HIDDEN),
         torch.ones(4, ROTARY),
@@ -432,7 +432,7 @@ def test_the_gate_holds_at_both_ends() -> None:
         one = DecoderLayer(
             layer.input_norm, layer.attention_norm, layer.qkv, layer.output, gate_up, layer.down
         )
-        decoder = IntegerDecoder(
+        decoder = CompiledDecoder(
             [one],
             torch.ones(HIDDEN),
             torch.ones(4, ROTARY),
@@ -455,7 +455,7 @@ def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(
         ValueError, match="layer 0, qkv: found 64 inputs and 128 outputs, expected 64 and 160"
     ):
-        IntegerDecoder(
+        CompiledDecoder(
             [layer],
             torch.ones(HIDDEN),
             torch.ones(4, ROTARY),

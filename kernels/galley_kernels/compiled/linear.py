@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from galley_kernels.integer.interleaved import (
+from galley_kernels.compiled.interleaved import (
     SPAN,
     TYPES,
     FloatMatrix,
@@ -86,7 +86,7 @@ class CompiledLinear:
             raise ValueError(f"found {made} for the result, expected float32 or bfloat16")
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self.outputs, dtype=made)
-        library().galley_integer_linear(
+        library().galley_compiled_linear(
             self._address,
             x.data_ptr(),
             out.data_ptr(),
