@@ -45,6 +45,13 @@ struct Held<2> {
 
 #ifdef GALLEY_AVX2
 
+// Of activations, which each output takes.
+inline int32_t four_bytes(const void* from) {
+    int32_t four;
+    std::memcpy(&four, from, 4);
+    return four;
+}
+
 // Sums of integers, as `Held` has those of floats. Codes are `apart` bytes apart from panel to panel. Without VNNI,
 // sums of 4-bit codes are two of 16 bits, which a span's fit: 32 products with -8 to 7 of -127 to 127.
 template <int PANELS>
@@ -59,13 +66,7 @@ struct Counted {
     static Register words(const uint8_t* codes, int64_t, int64_t step) {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + step));
     }
-    // Four bytes of activations for each output.
-    template <typename Number>
-    static Register spread(const Number* from) {
-        int32_t four;
-        std::memcpy(&four, from, 4);
-        return _mm256_set1_epi32(four);
-    }
+    static Register spread(const void* from) { return _mm256_set1_epi32(four_bytes(from)); }
     static Register start(const int32_t* blocks, int64_t count) {
 #ifdef GALLEY_VNNI
         return _mm256_set1_epi32(count == 2 ? blocks[0] + blocks[1] : blocks[0]);
@@ -119,12 +120,7 @@ struct Counted<2> {
         const __m128i other = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + apart) + step);
         return _mm512_cvtepi8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1));
     }
-    template <typename Number>
-    static Register spread(const Number* from) {
-        int32_t four;
-        std::memcpy(&four, from, 4);
-        return _mm512_set1_epi32(four);
-    }
+    static Register spread(const void* from) { return _mm512_set1_epi32(four_bytes(from)); }
     static Register start(const int32_t* blocks, int64_t count) {
         return _mm512_set1_epi32(count == 2 ? blocks[0] + blocks[1] : blocks[0]);
     }
