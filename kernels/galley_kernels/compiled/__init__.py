@@ -2,7 +2,7 @@
 
 Weights are of 4 or 8 bits, and activations integers too; or both are floating numbers. Activations become
 integers by spans of 64 inputs, each with its own scale: of 8 bits beside 4-bit weights (W4A8; llama.cpp's Q8
-blocks, of 32, are alike), of 16 bits beside 8-bit weights, at the same cost.
+blocks, of 32, are alike), of 16 bits beside 8-bit weights, at about one and a half times the cost.
 """
 
 from galley_kernels.compiled.decoder import CompiledDecoder, DecoderLayer, PagedCache, Requests, Step
