@@ -84,6 +84,18 @@ def test_greedy_answers_are_the_same(
     assert engine.metric(ACCEPTED) > before + count
 
 
+def test_the_answers_went_through_branches(engine: Server, request: pytest.FixtureRequest) -> None:
+    """What these methods draft is a matter of texts and tables, not of how fast the machine is."""
+    trees, wins = (
+        engine.metric(f"galley_speculation_{name}_total") for name in ("tree_steps", "branch_wins")
+    )
+    if request.node.callspec.params["engine"] == "prompt-lookup":
+        assert (trees, wins) == (0, 0)
+    else:
+        assert trees > 20
+        assert wins > 0
+
+
 def test_answers_preempted_amid_their_drafts_are_the_same(
     engine: Server, plain: dict[str, list[str]]
 ) -> None:

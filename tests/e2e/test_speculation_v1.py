@@ -91,10 +91,16 @@ def test_greedy_answers_are_the_same(engine: Server, plain: dict[str, Any], widt
     assert engine.metric("galley_speculation_accepted_tokens_total") > before + count * TOKENS // 10
 
 
-def test_trees_were_verified(engine: Server) -> None:
-    """Some of the answers above went through branches, and some branches won."""
-    assert engine.metric("galley_speculation_tree_steps_total") > 20
-    assert engine.metric("galley_speculation_branch_wins_total") > 0
+def test_answers_through_branches_are_the_same(engine: Server, plain: dict[str, Any]) -> None:
+    """Some branches won. How often one pays, here, is the machine's to say: so asked until enough did."""
+    trees, wins = "galley_speculation_tree_steps_total", "galley_speculation_branch_wins_total"
+    for start in range(0, 60, 5):
+        if engine.metric(trees) > 20 and engine.metric(wins) > 0:
+            break
+        prompts, expected = spec_prompts(60)[start : start + 5], plain["prompts"][start : start + 5]
+        assert together(engine, prompts, 1, max_tokens=TOKENS) == expected
+    assert engine.metric(trees) > 20
+    assert engine.metric(wins) > 0
 
 
 @pytest.mark.parametrize("name", REQUESTS)
