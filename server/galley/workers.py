@@ -206,9 +206,6 @@ class WorkerPool:
     def get(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)
 
-    def of_model(self, name: str) -> tuple[Worker, ...]:
-        return tuple(self._by_model[name])
-
     def resolve(self, name: str) -> ModelConfig | None:
         """The model that a client means by a configured name, an alias, or a name that its worker lists."""
         found = self._configured.get(name)

@@ -83,7 +83,6 @@ def test_ids_and_models_are_checked():
         pool.add(Worker("x-0", "x"))
     assert pool.get("m-0") is pool.workers[0]
     assert pool.get("m-1") is None
-    assert pool.of_model("m") == pool.workers
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(State)), min_size=1, max_size=8))
