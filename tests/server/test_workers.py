@@ -83,6 +83,7 @@ def test_ids_and_models_are_checked():
         pool.add(Worker("x-0", "x"))
     assert pool.get("m-0") is pool.workers[0]
     assert pool.get("m-1") is None
+    assert pool.workers == (pool.get("m-0"),)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(State)), min_size=1, max_size=8))
