@@ -76,6 +76,12 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
             "GPUModelRunner._build_attention_metadata",
             "one attention row for each branch",
         ),
+        (
+            "vllm.v1.worker.gpu_model_runner",
+            "GPUModelRunner._calc_spec_decode_metadata",
+            "says which rows have logits",
+        ),
+        ("vllm.v1.spec_decode.metadata", "SpecDecodeMetadata", "says which rows have logits"),
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", "logits of every drafted position"),
         (
             "vllm.v1.worker.gpu_model_runner",

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from galley_plugins import vllm_compat
 from galley_plugins.options import PluginOptions
@@ -32,10 +34,10 @@ from galley_plugins.speculation.branches import (
 )
 from galley_plugins.speculation.drafting import Ask, Draft, Opening, Seen, Timing
 from galley_plugins.speculation.lifecycle import DrafterFiles
-from galley_plugins.speculation.requests import drafting_limit, scope_of, standing_alone
+from galley_plugins.speculation.requests import Terms, scope_of
 from galley_plugins.speculation.rest import Rest
 from galley_plugins.speculation.stats import SpeculationStats
-from galley_plugins.speculation.top_candidates import top_candidates
+from galley_plugins.speculation.top_candidates import best_tokens, top_candidates
 from galley_plugins.speculation.verification import StepRows, Verified
 from galley_plugins.speculation.warmup import warm_up
 
@@ -88,7 +90,8 @@ class SpeculationV1:
         self._numbers: dict[str, int] = {}  # request id -> the drafter's number
         self._next_number = 0
         self._text_lengths: dict[str, int] = {}  # tokens that the drafter has seen
-        self._drafts: dict[str, Draft] = {}  # by request id, as scheduled next
+        self._terms: dict[str, Terms] = {}
+        self._drafted_trees: dict[str, Draft] = {}  # by request id, as scheduled next; chains are not in it
         self._plan: BranchPlan | None = None
         self._rows: StepRows | None = None
         self._verified: Verified | None = None
@@ -136,8 +139,9 @@ class SpeculationV1:
 
     def _update_states(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         for request_id in scheduler_output.finished_req_ids:
-            self._drafts.pop(request_id, None)
+            self._drafted_trees.pop(request_id, None)
             self._text_lengths.pop(request_id, None)
+            self._terms.pop(request_id, None)
             number = self._numbers.pop(request_id, None)
             if number is not None:
                 self.galley_drafter.end(number)
@@ -145,41 +149,43 @@ class SpeculationV1:
 
     def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
-        counts = np.array(prepared[1].num_draft_tokens, np.int32)
-        self._rows, trees = self._step_rows(scheduler_output, counts, num_scheduled_tokens)
-        self._decode_only = int(num_scheduled_tokens.sum()) == len(self._rows.tokens)
-        self._plan = None
-        if trees:
-            self._plan = self._plan_branches(trees, num_scheduled_tokens)
+        self._decode_only = scheduler_output.total_num_scheduled_tokens == len(self._rows.tokens)
+        trees = self._trees_of_step() if self._drafted_trees else None
+        self._plan = self._plan_branches(trees, num_scheduled_tokens) if trees else None
         return prepared
 
-    def _step_rows(
-        self: Any, scheduler_output: Any, counts: np.ndarray, scheduled: np.ndarray
-    ) -> tuple[StepRows, dict[int, np.ndarray]]:
-        """Rows of the step's logits, and the parents of every draft that is a tree, by batch row."""
-        starts = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts + 1, out=starts[1:])
-        ends = np.cumsum(scheduled)
-        tokens = np.empty(starts[-1], np.int32)
-        parents = np.arange(-1, starts[-1] - 1, dtype=np.int32)
-        parents[starts[:-1]] = -1
-        inputs = self.input_ids.cpu.numpy()
+    def _calc_spec_decode_metadata(self: Any, counts: np.ndarray, ends: np.ndarray) -> SpecDecodeMetadata:
+        """The step's rows; of vLLM's own metadata what is read where `_sample` verifies, and no more."""
+        indices, *rows = verification.chain_rows(self.input_ids.cpu.numpy(), counts, ends)
+        self._rows = StepRows(*rows)
+        unread = torch.empty(0, dtype=torch.int32)
+        return SpecDecodeMetadata(
+            draft_token_ids=unread,
+            num_draft_tokens=counts.tolist(),
+            cu_num_draft_tokens=unread,
+            cu_num_sampled_tokens=unread,
+            target_logits_indices=unread,
+            bonus_logits_indices=unread,
+            logits_indices=torch.from_numpy(indices),
+        )
+
+    def _trees_of_step(self: Any) -> dict[int, np.ndarray]:
+        """The parents of every draft that is a tree, by batch row; also among the step's rows from now on."""
         trees: dict[int, np.ndarray] = {}
-        for request, count in enumerate(counts):
-            first = starts[request]
-            tokens[first : first + count + 1] = inputs[ends[request] - count - 1 : ends[request]]
-            if count:
-                draft = self._drafts.get(self.input_batch.req_ids[request])
-                if draft is None or draft.is_chain:
-                    continue
-                shape = draft.parents[:count]
-                if not np.array_equal(draft.tokens[:count], tokens[first + 1 : first + count + 1]):
-                    continue
-                if (shape == np.arange(-1, count - 1)).all():
-                    continue  # what the scheduler left of the tree is a chain
-                trees[request] = shape
-                parents[first + 1 : first + count + 1] = first + 1 + shape
-        return StepRows(starts, tokens, parents), trees
+        starts, tokens, parents = self._rows.starts, self._rows.tokens, self._rows.parents
+        for request_id, draft in self._drafted_trees.items():
+            request = self.input_batch.req_id_to_index.get(request_id)
+            if request is None:
+                continue
+            first, last = starts[request] + 1, starts[request + 1]
+            shape = draft.parents[: last - first]
+            if not np.array_equal(draft.tokens[: last - first], tokens[first:last]):
+                continue
+            if (shape == np.arange(-1, last - first - 1)).all():
+                continue  # what the scheduler left of the tree is a chain
+            trees[request] = shape
+            parents[first:last] = first + shape
+        return trees
 
     def _plan_branches(self: Any, trees: dict[int, np.ndarray], scheduled: np.ndarray) -> BranchPlan:
         """Positions, slots and attention rows of a step with trees; copies what branches start from."""
@@ -256,10 +262,13 @@ class SpeculationV1:
         requests = self._rows.requests
         undrafted = len(self._rows.tokens) == requests
         self._pausing = self._rest is not None and undrafted and self._rest.pausing(requests)
+        sampling = self.input_batch.sampling_metadata
+        if self._pausing and verification.plain_greedy(sampling):
+            best = torch.from_numpy(best_tokens(logits))
+            return SamplerOutput(sampled_token_ids=best[:, None], logprobs_tensors=None)
         if spec_decode_metadata is None or self._pausing:
             return super()._sample(logits, None)  # type: ignore[misc]
         started = time.perf_counter()
-        sampling = self.input_batch.sampling_metadata
         self.input_batch.update_async_output_token_ids()
         self._tops = top_candidates(logits)
         self._tops_seconds = time.perf_counter() - started
@@ -307,7 +316,9 @@ class SpeculationV1:
         gained = [len(tokens) for tokens in sampled_token_ids]
         speaking = [row for row, count in enumerate(gained) if count]
         for row in speaking:
-            self._open(request_ids[row], texts[row, : lengths[row] - gained[row]])
+            before = lengths[row] - gained[row]
+            if self._text_lengths.get(request_ids[row]) != before:
+                self._open(request_ids[row], texts[row, :before])
         drafter = self.galley_drafter
         if speaking:
             drafter.observe(self._seen(speaking, gained, lengths))
@@ -315,10 +326,12 @@ class SpeculationV1:
         trees = self._trees and len(speaking) <= TREE_REQUESTS
         for row in speaking:
             request_id, length = request_ids[row], lengths[row]
-            number = self._numbers[request_id]
+            number, terms = self._numbers[request_id], self._terms[request_id]
             drafter.extend(number, texts[row, length - gained[row] : length])
             self._text_lengths[request_id] = length
-            asks.append(self._ask(request_id, number, length, tree=trees))
+            limit = terms.limit(len(self.requests[request_id].output_token_ids))
+            limit = min(limit, max(self.max_model_len - length - 1, 0))
+            asks.append(Ask(number, limit, trees and terms.tree))
         self._time_step(len(speaking), started)
         drafts: list[list[int]] = [[] for _ in request_ids]
         room = len(self._scratch)
@@ -328,6 +341,7 @@ class SpeculationV1:
         if self._rest is not None and asks:
             self._rest.looked(len(asks), drafter.worth)
         for row, draft in zip(speaking, proposed, strict=True):
+            self._drafted_trees.pop(request_ids[row], None)
             if not draft.is_chain:
                 draft = draft.depth_first()
                 computed = lengths[row] - 1
@@ -337,17 +351,15 @@ class SpeculationV1:
                     draft = Draft(draft.tokens[:length], draft.parents[:length])
                 else:
                     room -= needed
-            self._drafts[request_ids[row]] = draft
+                    self._drafted_trees[request_ids[row]] = draft
             drafts[row] = draft.tokens.tolist()
         self._count(speaking, gained, started)
         return drafts
 
     def _open(self: Any, request_id: str, text: np.ndarray) -> None:
-        """Make the request known to the drafter; again where its text is not what the drafter has seen."""
+        """Make the request known to the drafter, or known again with this text."""
         number = self._numbers.get(request_id)
         if number is not None:
-            if self._text_lengths[request_id] == len(text):
-                return
             self.galley_drafter.end(number)
         else:
             number = self._numbers[request_id] = self._next_number
@@ -360,6 +372,9 @@ class SpeculationV1:
         )
         self.galley_drafter.begin(number, opening)
         self._text_lengths[request_id] = len(text)
+        self._terms[request_id] = Terms.of(
+            params, self.speculation.max_draft_tokens, custom_processors=self._custom_processors
+        )
 
     def _seen(self: Any, speaking: list[int], gained: list[int], lengths: list[int]) -> Seen:
         rows, verified = self._rows, self._verified
@@ -375,19 +390,6 @@ class SpeculationV1:
             return Seen(requests, contexts, tokens, probabilities, accepted)
         kept = requests >= 0
         return Seen(requests[kept], contexts[kept], tokens[kept], probabilities[kept], accepted[kept])
-
-    def _ask(self: Any, request_id: str, number: int, length: int, *, tree: bool) -> Ask:
-        state = self.requests[request_id]
-        params = state.sampling_params
-        alone = standing_alone(
-            params, generated=len(state.output_token_ids), custom_processors=self._custom_processors
-        )
-        limit = 0 if alone else drafting_limit(params.extra_args, self.speculation.max_draft_tokens)
-        if params.max_tokens is not None:  # the last token needs no draft
-            limit = min(limit, params.max_tokens - len(state.output_token_ids) - 1)
-        limit = max(0, min(limit, self.max_model_len - length - 1))
-        # A grammar's masks are laid out for a chain.
-        return Ask(number, limit, tree and params.structured_outputs is None)
 
     def _time_step(self: Any, requests: int, started: float) -> None:
         """Tell the drafter what the step cost, the scheduler's part since the last one included."""

@@ -59,7 +59,9 @@ def stop_asking(vllm_config: Any) -> None:
         return
 
     def take_draft_token_ids(self: Any) -> Any:
-        return None if hands_over(self.vllm_config) else ask(self)
+        if not hasattr(self, "_galley_hands_over"):  # asked once: a step would feel it
+            self._galley_hands_over = hands_over(self.vllm_config)
+        return None if self._galley_hands_over else ask(self)
 
     take_draft_token_ids.asks_seldom = True  # type: ignore[attr-defined]
     kind.take_draft_token_ids = take_draft_token_ids

@@ -148,8 +148,11 @@ class Hybrid:
         for opened in grown:
             if opened.nodes:
                 opened.nodes = _keep(opened.shape, opened.odds, opened.nodes, last)
-            tokens, parents, _ = opened.shape[:, : opened.nodes].copy()
-            drafts.append(Draft(tokens, parents))
+            if opened.nodes:
+                tokens, parents, _ = opened.shape[:, : opened.nodes].copy()
+                drafts.append(Draft(tokens, parents))
+            else:
+                drafts.append(_NO_DRAFT)
         return drafts
 
     def end(self, request: int) -> None:
@@ -176,6 +179,7 @@ class Hybrid:
 
 
 _NOTHING = np.empty(0, np.float32)
+_NO_DRAFT = Draft.empty()
 
 
 @njit(cache=True)

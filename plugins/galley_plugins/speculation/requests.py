@@ -7,7 +7,7 @@ less, and `{"speculation_scope": "..."}` to name its key where `scope: key` is c
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,20 +54,47 @@ def scope_of(extra: Mapping[str, Any] | None, request: int, scope: Scope) -> int
     return request + 1
 
 
-def standing_alone(params: Any, *, generated: int, custom_processors: bool) -> bool:
-    """Whether a request must run without drafts now: vLLM applies some settings by their batch row.
+class Terms(NamedTuple):
+    """What a request's parameters say about its drafts.
 
-    Args:
-        params: vLLM's `SamplingParams`.
-        generated: tokens that it has generated.
-        custom_processors: the engine loads logits processors of the user's.
+    Attributes:
+        most: tokens of a draft at the most, >= 0.
+        least_generated: tokens that it must have generated before it has a draft.
+        most_generated: tokens that it may generate; None for any number.
+        tree: whether drafts may branch. A grammar's masks are laid out for a chain.
     """
-    return bool(
-        custom_processors
-        or params.min_p > 0
-        or params.logit_bias
-        or params.min_tokens > generated
-        or params.logprobs == -1
-        or getattr(params, "logprob_token_ids", None)
-        or getattr(params, "thinking_token_budget", None) is not None
-    )
+
+    most: int
+    least_generated: int
+    most_generated: int | None
+    tree: bool
+
+    @classmethod
+    def of(cls, params: Any, most: int, *, custom_processors: bool) -> Terms:
+        """The terms of vLLM's `SamplingParams`, of which some need a step without drafts.
+
+        Args:
+            most: tokens of any request's draft at the most.
+            custom_processors: the engine loads logits processors of the user's.
+
+        Raises:
+            ValueError: as `drafting_limit`.
+        """
+        alone = (  # vLLM applies these by their row of the batch
+            custom_processors
+            or params.min_p > 0
+            or params.logit_bias
+            or params.logprobs == -1
+            or getattr(params, "logprob_token_ids", None)
+            or getattr(params, "thinking_token_budget", None) is not None
+        )
+        limit = 0 if alone else drafting_limit(params.extra_args, most)
+        return cls(limit, params.min_tokens, params.max_tokens, params.structured_outputs is None)
+
+    def limit(self, generated: int) -> int:
+        """The most tokens of a draft after so many generated ones; the last token needs none."""
+        if generated < self.least_generated:
+            return 0
+        if self.most_generated is None:
+            return self.most
+        return max(0, min(self.most, self.most_generated - generated - 1))

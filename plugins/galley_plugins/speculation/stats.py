@@ -73,6 +73,10 @@ class SpeculationStats:
             accepted: tokens accepted of it.
         """
         values = self.values
+        self.add("request_steps", len(nodes))
+        if not any(nodes):
+            values[LENGTH_START] += len(nodes)
+            return
         drafted = taken = 0
         for length, count in zip(nodes, accepted, strict=True):
             values[LENGTH_START + bisect_left(LENGTHS, length)] += 1
@@ -82,7 +86,6 @@ class SpeculationStats:
             taken += count
         values[LENGTH_SUM] += drafted
         self.add("draft_tokens", drafted)
-        self.add("request_steps", len(nodes))
         self.add("accepted_tokens", taken)
 
 

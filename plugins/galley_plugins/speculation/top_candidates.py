@@ -6,7 +6,7 @@ the floats do. Such comparisons vectorise, for bfloat16 too, which numba has no 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,22 +34,29 @@ def top_candidates(logits: torch.Tensor) -> tuple[NDArray[np.int32], NDArray[np.
         tokens: int32 [rows, 8], best first, the smaller id among equals, -1 beyond a vocabulary of fewer;
         probabilities: float32 [rows, 8].
     """
+    bits = _bits_of(logits)
+    tokens, probabilities = _top_of_32(bits) if bits.itemsize == 4 else _top_of_16(bits)
+    return tokens, probabilities
+
+
+def best_tokens(logits: torch.Tensor) -> NDArray[np.int32]:
+    """The token of each row's largest logit, the smallest id among equals. int32 [rows]
+
+    Args:
+        logits: as `top_candidates` takes them.
+    """
+    bits = _bits_of(logits)
+    best: NDArray[np.int32] = _best_of_32(bits) if bits.itemsize == 4 else _best_of_16(bits)
+    return best
+
+
+def _bits_of(logits: torch.Tensor) -> NDArray[Any]:
+    """The same floats as integers of their width, 32 bits or bfloat16's 16."""
     if logits.dtype not in (torch.float32, torch.bfloat16):
         logits = logits.float()
-    logits = logits.contiguous()
-    rows, vocabulary = logits.shape
-    tokens = np.full((rows, TOP), -1, np.int32)
-    probabilities = np.zeros((rows, TOP), np.float32)
-    peaks = np.empty((rows, -(-vocabulary // _BLOCK)), np.int32)
-    if logits.dtype == torch.float32:
-        bits = logits.view(torch.int32).numpy()
-        _peaks_of_32(bits, peaks)
-        _choose(bits, 0, peaks, tokens, probabilities)
-    else:
-        halves = logits.view(torch.int16).numpy()
-        _peaks_of_16(halves, peaks)
-        _choose(halves, 16, peaks, tokens, probabilities)
-    return tokens, probabilities
+    integers = torch.int32 if logits.dtype == torch.float32 else torch.int16
+    bits: NDArray[Any] = logits.contiguous().view(integers).numpy()
+    return bits
 
 
 # Two functions, since one for both types would widen every integer to 64 bits and vectorise badly; and whole
@@ -91,15 +98,70 @@ def _peaks_of_16(bits: NDArray[np.int16], peaks: NDArray[np.int32]) -> None:
 
 
 @njit(cache=True)
+def _new_peaks(bits: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+    rows, width = bits.shape
+    return np.empty((rows, (width + _BLOCK - 1) // _BLOCK), np.int32)
+
+
+@njit(cache=True)
+def _top_of_32(bits: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    peaks = _new_peaks(bits)
+    _peaks_of_32(bits, peaks)
+    return _choose(bits, 0, peaks)
+
+
+@njit(cache=True)
+def _top_of_16(bits: NDArray[np.int16]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    peaks = _new_peaks(bits)
+    _peaks_of_16(bits, peaks)
+    return _choose(bits, 16, peaks)
+
+
+@njit(cache=True)
+def _best_of_32(bits: NDArray[np.int32]) -> NDArray[np.int32]:
+    peaks = _new_peaks(bits)
+    _peaks_of_32(bits, peaks)
+    return _first_peak(bits, np.int32(0x7FFFFFFF), peaks)
+
+
+@njit(cache=True)
+def _best_of_16(bits: NDArray[np.int16]) -> NDArray[np.int32]:
+    peaks = _new_peaks(bits)
+    _peaks_of_16(bits, peaks)
+    return _first_peak(bits, np.int32(0x7FFF), peaks)
+
+
+@njit(cache=True)
+def _first_peak(
+    bits: NDArray[np.integer[Any]], magnitude: int, peaks: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Where each row's largest value is first; `magnitude` has all bits of a value but the sign."""
+    best = np.empty(len(peaks), np.int32)
+    for row in range(len(peaks)):
+        block = 0
+        for other in range(1, peaks.shape[1]):
+            if peaks[row, other] > peaks[row, block]:
+                block = other
+        token = block * _BLOCK
+        while True:
+            raw = np.int32(bits[row, token])
+            if (raw ^ ((raw >> 31) & magnitude)) == peaks[row, block]:
+                break
+            token += 1
+        best[row] = token
+    return best
+
+
+@njit(cache=True)
 def _choose(
     bits: NDArray[np.int32],
     shift: int,
     peaks: NDArray[np.int32],
-    tokens: NDArray[np.int32],
-    probabilities: NDArray[np.float32],
-) -> None:
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """The top of each row from its blocks with the largest peaks; `bits` << `shift` are float32's bits."""
     rows, width = bits.shape
+    tokens = np.full((rows, TOP), -1, np.int32)
+    probabilities = np.zeros((rows, TOP), np.float32)
     blocks = peaks.shape[1]
     near = np.empty(TOP * _BLOCK, np.int32)
     values = near.view(np.float32)
@@ -148,3 +210,4 @@ def _choose(
             mass += np.exp(values[index] - largest)
         for place in range(found):
             probabilities[row, place] = np.exp(probabilities[row, place] - largest) / mass
+    return tokens, probabilities

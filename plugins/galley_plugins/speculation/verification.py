@@ -66,6 +66,34 @@ class Verified:
 
 
 @njit(cache=True)
+def chain_rows(
+    inputs: NDArray[np.int32], counts: NDArray[np.int32], ends: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """The rows of a step's logits where every draft is a chain.
+
+    Args:
+        inputs: int32 [>= tokens of the step], the tokens that enter the model.
+        counts: int32 [requests], drafted tokens of each request, its last in this step.
+        ends: int32 [requests], where each request's tokens of this step end.
+
+    Returns:
+        int32 [rows], the input that each row belongs to; and the starts, tokens and parents of `StepRows`.
+    """
+    starts = np.zeros(len(counts) + 1, np.int32)
+    for request in range(len(counts)):
+        starts[request + 1] = starts[request] + counts[request] + 1
+    indices = np.empty(starts[-1], np.int32)
+    tokens = np.empty(starts[-1], np.int32)
+    parents = np.empty(starts[-1], np.int32)
+    for request in range(len(counts)):
+        for row in range(starts[request], starts[request + 1]):
+            indices[row] = ends[request] - starts[request + 1] + row
+            tokens[row] = inputs[indices[row]]
+            parents[row] = row - 1 if row > starts[request] else -1
+    return indices, starts, tokens, parents
+
+
+@njit(cache=True)
 def walk(
     sampled: NDArray[np.int32],
     starts: NDArray[np.int32],
@@ -184,14 +212,14 @@ def verify(
         the outcome, and the same as vLLM takes it: `sampled_token_ids` int32 [requests, longest], padded
         with -1, and log-probabilities [requests * longest, ...] where a request asked for them.
     """
-    if _plain_greedy(metadata):
+    if plain_greedy(metadata):
         tokens, from_rows = walk(best, rows.starts, rows.tokens, rows.parents)
         output = SamplerOutput(sampled_token_ids=torch.from_numpy(tokens), logprobs_tensors=None)
         return Verified(tokens, from_rows), output
     return _step_by_step(logits, rows, metadata, sampler)
 
 
-def _plain_greedy(metadata: SamplingMetadata) -> bool:
+def plain_greedy(metadata: SamplingMetadata) -> bool:
     """Nothing but the largest logit decides, for all requests."""
     return (
         metadata.all_greedy

@@ -12,7 +12,7 @@ from galley_plugins.speculation import verification
 from galley_plugins.speculation.drafters import make_drafter
 from galley_plugins.speculation.drafting import CONTEXT, TOP, Ask, Opening, Seen, Timing
 from galley_plugins.speculation.options import MiB
-from galley_plugins.speculation.top_candidates import top_candidates
+from galley_plugins.speculation.top_candidates import best_tokens, top_candidates
 
 if TYPE_CHECKING:
     from galley_plugins.speculation.options import SpeculationOptions
@@ -27,11 +27,14 @@ def warm_up(options: SpeculationOptions, vocab_size: int) -> None:
         (draft,) = drafter.propose([Ask(0, options.max_draft_tokens, tree)])
         draft = draft.depth_first()
         rows = 1 + len(draft.tokens)
-        starts = np.array([0, rows], np.int32)
-        tokens = np.concatenate([text[-1:], draft.tokens]).astype(np.int32)
-        parents = np.concatenate([[-1], draft.parents + 1]).astype(np.int32)
+        inputs = np.concatenate([text[-1:], draft.tokens]).astype(np.int32)
+        counts, ends = np.array([rows - 1], np.int32), np.array([rows], np.int32)
+        _, starts, tokens, parents = verification.chain_rows(inputs, counts, ends)
+        parents[1:] = draft.parents + 1
         for dtype in (torch.bfloat16, torch.float32):
-            top_tokens, top_probs = top_candidates(torch.zeros(rows, vocab_size, dtype=dtype))
+            logits = torch.zeros(rows, vocab_size, dtype=dtype)
+            top_tokens, top_probs = top_candidates(logits)
+            best_tokens(logits)
         assert top_tokens.shape == (rows, TOP)
         best = np.ascontiguousarray(top_tokens[:, 0])
         gained, taken = verification.walk(best, starts, tokens, parents)

@@ -49,6 +49,8 @@ COMPILED_NORMS = {name: ["galley_cpu", "native"] for name in ("rms_norm", "fused
 FREE_ROWS = 184
 DRAFT_LENGTHS = (8, 4, 2, 1)  # below the most
 
+SCHEDULER = "galley_plugins.scheduling.make_scheduler"
+
 MOST_REQUESTS = 1024  # that vLLM runs at once by default, on a large GPU
 
 # Where vLLM's parser differs from its habit of `--no-NAME` for false and `--NAME a b` for a list.
@@ -117,7 +119,7 @@ def _task_options(spec: WorkerSpec) -> dict[str, Any]:
         **generate,
         "runner": "generate",
         "pooler-config": pooler,
-        "scheduler-cls": "galley_plugins.scheduling.make_scheduler",
+        "scheduler-cls": SCHEDULER,
     }
 
 
@@ -162,7 +164,8 @@ def _speculation_options(spec: WorkerSpec, device: Device) -> dict[str, Any]:
     }
     # Branches of a tree start from a copy of the last block: small blocks are soon copied.
     blocks = {} if options.tree == "off" else {"block-size": 32}
-    return {"speculative-config": v1, **metrics, **blocks}
+    # Drafts come with the steps that they were made in, see `handover`.
+    return {"speculative-config": v1, **metrics, **blocks, "scheduler-cls": SCHEDULER}
 
 
 def draft_schedule(most: int) -> list[list[int]]:

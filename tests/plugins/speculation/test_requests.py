@@ -3,9 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from galley_plugins.speculation.requests import drafting_limit, scope_of, standing_alone
+from galley_plugins.speculation.requests import Terms, drafting_limit, scope_of
 
 
 @pytest.mark.parametrize(
@@ -72,5 +72,28 @@ def test_requests_that_vllm_serves_by_their_batch_row_stand_alone(
     fields: dict[str, Any], alone: bool
 ) -> None:
     params = SamplingParams(**fields)
-    assert standing_alone(params, generated=3, custom_processors=False) is alone
-    assert standing_alone(params, generated=3, custom_processors=True) is True
+    assert Terms.of(params, 8, custom_processors=False).limit(3) == (0 if alone else 8)
+    assert Terms.of(params, 8, custom_processors=True).limit(3) == 0
+
+
+def test_drafts_end_where_the_answer_does() -> None:
+    """The last token needs no draft: it comes with the step that verifies the one before."""
+    terms = Terms.of(SamplingParams(max_tokens=10), 8, custom_processors=False)
+    assert [terms.limit(generated) for generated in (0, 1, 2, 8, 9, 10)] == [8, 8, 7, 1, 0, 0]
+    assert Terms.of(SamplingParams(max_tokens=None), 8, custom_processors=False).limit(10**6) == 8
+
+
+def test_a_request_may_shorten_its_drafts() -> None:
+    params = SamplingParams(max_tokens=10, extra_args={"max_draft_tokens": 3})
+    terms = Terms.of(params, 8, custom_processors=False)
+    assert [terms.limit(generated) for generated in (0, 6, 7)] == [3, 3, 2]
+    off = Terms.of(SamplingParams(extra_args={"speculation": False}), 8, custom_processors=False)
+    assert off.limit(0) == 0
+    with pytest.raises(ValueError, match="max_draft_tokens"):
+        Terms.of(SamplingParams(extra_args={"max_draft_tokens": -1}), 8, custom_processors=False)
+
+
+def test_drafts_beside_a_grammar_are_chains() -> None:
+    structured = SamplingParams(structured_outputs=StructuredOutputsParams(json_object=True))
+    assert not Terms.of(structured, 8, custom_processors=False).tree
+    assert Terms.of(SamplingParams(), 8, custom_processors=False).tree

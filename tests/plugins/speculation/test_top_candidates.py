@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from galley_plugins.speculation.top_candidates import top_candidates
+from galley_plugins.speculation.top_candidates import best_tokens, top_candidates
 
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
@@ -40,6 +40,20 @@ def test_of_equal_logits_the_smaller_id_comes_first(seed: int) -> None:
     assert tokens[:, 0].tolist() == logits.float().argmax(-1).tolist()
     expected = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :8]
     assert tokens.tolist() == expected.tolist()
+    assert best_tokens(logits).tolist() == logits.float().argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocabulary", [49152, 1000, 65, 64, 8, 1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_best_token_is_torchs(vocabulary: int, dtype: torch.dtype, sign: int) -> None:
+    logits = (sign * random_logits(5, vocabulary).abs()).to(dtype)
+    logits[1, vocabulary // 2 :] = float("-inf")
+    logits[2, :] = float("-inf")
+    logits[3, -1] = float("inf")
+    best = best_tokens(logits)
+    assert best.dtype == np.int32
+    assert best.tolist() == logits.float().argmax(-1).tolist()
 
 
 def test_negative_logits_order_as_floats_do() -> None:

@@ -15,6 +15,7 @@ from vllm.v1.sample.sampler import Sampler
 from galley_plugins.speculation import verification
 from galley_plugins.speculation.verification import (
     StepRows,
+    chain_rows,
     contexts_of,
     walk,
 )
@@ -91,6 +92,19 @@ def logits_at(model: Model, rows: StepRows, texts: list[list[int]]) -> torch.Ten
 
 
 TREE = ([3, 5, 7, 4, 3], [-1, 0, 1, -1, 3])  # 3 -> 5 -> 7, and 4 -> 3
+
+
+def test_rows_are_those_that_vllm_asks_logits_for() -> None:
+    """vLLM's own example, in `GPUModelRunner._calc_spec_decode_metadata`."""
+    counts = np.array([3, 0, 2, 0, 1], np.int32)
+    ends = np.array([4, 104, 107, 207, 209], np.int32)
+    inputs = 1000 + np.arange(300, dtype=np.int32)
+    indices, starts, tokens, parents = chain_rows(inputs, counts, ends)
+    assert indices.tolist() == [0, 1, 2, 3, 103, 104, 105, 106, 206, 207, 208]
+    assert starts.tolist() == [0, 4, 5, 8, 9, 11]
+    assert tokens.tolist() == [1000 + index for index in indices]
+    assert parents.tolist() == [-1, 0, 1, 2, -1, -1, 5, 6, -1, -1, 9]
+    assert {array.dtype for array in (indices, starts, tokens, parents)} == {np.dtype(np.int32)}
 
 
 def test_the_walk_takes_the_branch_that_the_samples_name() -> None:

@@ -457,6 +457,17 @@ def test_on_a_gpu_drafts_shrink_as_the_batch_grows_and_end(most: int) -> None:
     assert len(set(lookup[1:])) <= 6  # each length has graphs of its own
 
 
+def test_drafts_come_with_steps_whatever_the_worker_is_for(
+    served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Galley's scheduler takes them out, whether or not the engine embeds as well."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    for spec in (BOTH, GENERATE):
+        drafting = served(replace(spec, speculation=SpeculationOptions()))
+        assert drafting.scheduler_cls == "galley_plugins.scheduling.make_scheduler"
+    assert served(GENERATE).scheduler_cls is None
+
+
 def test_without_speculation_nothing_is_drafted(tmp_path: Path) -> None:
     assert "--speculative-config" not in server_arguments(WorkerSpec("x", ("m",), 1), tmp_path, "cpu")
 
