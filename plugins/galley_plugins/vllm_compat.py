@@ -34,6 +34,12 @@ INTERNALS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vllm.v1.worker.gpu_model_runner", "ExecuteModelState.hidden_states", "rows to pool"),
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_supported_tasks", "embed is added"),
     ),
+    "block-tables": (
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs", "reaches the tables before"),
+        ("vllm.v1.worker.block_table", "BlockTable.commit_block_table", "copies to the device"),
+        ("vllm.v1.worker.block_table", "BlockTable.compute_slot_mapping", "finds slots of tokens"),
+        ("vllm.v1.worker.block_table", "SlotMappingMode", "says that tokens have slots"),
+    ),
     "runner-v2": (
         (
             "vllm.v1.worker.gpu.model_runner",

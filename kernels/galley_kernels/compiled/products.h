@@ -176,6 +176,25 @@ inline void add_block(const uint8_t* codes, int64_t apart, const Activations& ro
     }
 }
 
+// Sums of `count` blocks' products, of no more than one span, for PANELS panels.
+template <int BITS, int ROWS, int PANELS>
+[[gnu::always_inline]] inline void sum_span(const uint8_t* codes, int64_t apart, const Activations& rows, int64_t row,
+                                            int64_t inputs, const int32_t* starts, int64_t blocks, int64_t block,
+                                            int64_t count, typename Counted<PANELS>::Register (*sum)[ROWS]) {
+    using Here = Counted<PANELS>;
+    constexpr int REGISTERS = Held<PANELS>::REGISTERS;
+    constexpr int64_t bytes = PANEL * BLOCK * BITS / 8;  // of a panel's block
+    if (!row)  // rows to come need none of this from memory, but the next panels do
+        for (int64_t line = 0; line < PANELS * count * bytes; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * (apart + block * bytes) + line, _MM_HINT_T0);
+    for (int r = 0; r < ROWS; ++r) {
+        sum[0][r] = BITS == 4 ? Here::start(starts + r * blocks + block, count) : Here::none();
+        for (int p = 1; p < REGISTERS; ++p) sum[p][r] = sum[0][r];
+    }
+    for (int64_t b = block; b < block + count; ++b)
+        add_block<BITS, ROWS, PANELS>(codes + b * bytes, apart, rows, row, inputs, b * BLOCK, sum);
+}
+
 // Sums [PANELS][ROWS][8] of neighbouring panels.
 template <int BITS, int ROWS, int PANELS>
 inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& rows, int64_t row, float* found) {
@@ -183,7 +202,7 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
     using Floats = Held<PANELS>;
     constexpr int REGISTERS = Floats::REGISTERS;
     const int64_t inputs = matrix.inputs, groups = matrix.groups, blocks = inputs / BLOCK, each = blocks / groups;
-    const int64_t apart = PANEL * inputs * BITS / 8, bytes = PANEL * BLOCK * BITS / 8;  // of a panel, of its block
+    const int64_t apart = PANEL * inputs * BITS / 8;  // of panels, in bytes
     const int64_t spans = spans_of(inputs);
     const uint8_t* codes = static_cast<const uint8_t*>(matrix.codes) + panel * apart;
     const float* scales = (BITS == 4 ? rows.byte_scales : rows.word_scales) + row * spans;
@@ -191,33 +210,38 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
     typename Floats::Register total[REGISTERS][ROWS];
     for (int p = 0; p < REGISTERS; ++p)
         for (int r = 0; r < ROWS; ++r) total[p][r] = Floats::same(0);
-    for (int64_t group = 0; group < groups; ++group) {
-        typename Floats::Register part[REGISTERS][ROWS];
-        for (int p = 0; p < REGISTERS; ++p)
-            for (int r = 0; r < ROWS; ++r) part[p][r] = Floats::same(0);
-        const int64_t last = (group + 1) * each;
-        for (int64_t block = group * each, count; block < last; block += count) {
-            count = blocks_together(block, last);
-            if (!row)  // rows to come need none of this from memory, but the next panels do
-                for (int64_t line = 0; line < PANELS * count * bytes; line += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(codes) + PANELS * (apart + block * bytes) + line,
-                                 _MM_HINT_T0);
+    if (BITS == 4 && each == 2) {  // groups of one span, the usual ones
+        for (int64_t group = 0; group < groups; ++group) {
             typename Here::Register sum[REGISTERS][ROWS];
-            for (int r = 0; r < ROWS; ++r) {
-                sum[0][r] = BITS == 4 ? Here::start(starts + r * blocks + block, count) : Here::none();
-                for (int p = 1; p < REGISTERS; ++p) sum[p][r] = sum[0][r];
-            }
-            for (int64_t b = block; b < block + count; ++b)
-                add_block<BITS, ROWS, PANELS>(codes + b * bytes, apart, rows, row, inputs, b * BLOCK, sum);
-            for (int r = 0; r < ROWS; ++r) {
-                const auto scale = Floats::same(scales[r * spans + block / 2]);
-                for (int p = 0; p < REGISTERS; ++p)
-                    part[p][r] = fused(Here::template floats<BITS>(sum[p][r]), scale, part[p][r]);
+            sum_span<BITS, ROWS, PANELS>(codes, apart, rows, row, inputs, starts, blocks, 2 * group, 2, sum);
+            for (int p = 0; p < REGISTERS; ++p) {
+                const auto scale = Here::scales(matrix, panel + p, group);
+                for (int r = 0; r < ROWS; ++r) {
+                    const auto by = Floats::same(scales[r * spans + group]);
+                    total[p][r] = fused(scale, Here::template floats<BITS>(sum[p][r]) * by, total[p][r]);
+                }
             }
         }
-        for (int p = 0; p < REGISTERS; ++p) {
-            const auto scale = Here::scales(matrix, panel + p, group);
-            for (int r = 0; r < ROWS; ++r) total[p][r] = fused(scale, part[p][r], total[p][r]);
+    } else {
+        for (int64_t group = 0; group < groups; ++group) {
+            typename Floats::Register part[REGISTERS][ROWS];
+            for (int p = 0; p < REGISTERS; ++p)
+                for (int r = 0; r < ROWS; ++r) part[p][r] = Floats::same(0);
+            const int64_t last = (group + 1) * each;
+            for (int64_t block = group * each, count; block < last; block += count) {
+                count = blocks_together(block, last);
+                typename Here::Register sum[REGISTERS][ROWS];
+                sum_span<BITS, ROWS, PANELS>(codes, apart, rows, row, inputs, starts, blocks, block, count, sum);
+                for (int r = 0; r < ROWS; ++r) {
+                    const auto scale = Floats::same(scales[r * spans + block / 2]);
+                    for (int p = 0; p < REGISTERS; ++p)
+                        part[p][r] = fused(Here::template floats<BITS>(sum[p][r]), scale, part[p][r]);
+                }
+            }
+            for (int p = 0; p < REGISTERS; ++p) {
+                const auto scale = Here::scales(matrix, panel + p, group);
+                for (int r = 0; r < ROWS; ++r) total[p][r] = fused(scale, part[p][r], total[p][r]);
+            }
         }
     }
     for (int p = 0; p < REGISTERS; ++p)

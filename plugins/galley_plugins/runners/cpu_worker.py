@@ -12,6 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from galley_plugins import few_rows, vllm_compat
 from galley_plugins.options import PluginOptions
+from galley_plugins.runners.block_tables import with_host_tables
 from galley_plugins.runners.compiled_passes import loading_compiled
 from galley_plugins.runners.compose import compose_runner
 from galley_plugins.runners.report import ReportingWorker
@@ -64,7 +65,7 @@ def _runner_class(options: PluginOptions, *, v2: bool) -> Iterator[None]:
     """`CPUWorker.init_device` builds the runner itself, by a name in a module; put ours there."""
     owner: Any = importlib.import_module("vllm.v1.worker.cpu.model_runner") if v2 else vllm_cpu_worker
     original = owner.CPUModelRunner
-    base = original if v2 else with_seeded_chunks(original)
+    base = original if v2 else with_host_tables(with_seeded_chunks(original))
     owner.CPUModelRunner = compose_runner(base, options, v2=v2)
     try:
         yield
