@@ -210,18 +210,24 @@ inline void panel_sums(const Matrix& matrix, int64_t panel, const Activations& r
     typename Floats::Register total[REGISTERS][ROWS];
     for (int p = 0; p < REGISTERS; ++p)
         for (int r = 0; r < ROWS; ++r) total[p][r] = Floats::same(0);
-    if (BITS == 4 && each == 2) {  // groups of one span, the usual ones
+    const auto of_one_span = [&](auto size) __attribute__((always_inline)) {  // groups of one span, the usual ones
+        constexpr int64_t EACH = decltype(size)::value;
         for (int64_t group = 0; group < groups; ++group) {
             typename Here::Register sum[REGISTERS][ROWS];
-            sum_span<BITS, ROWS, PANELS>(codes, apart, rows, row, inputs, starts, blocks, 2 * group, 2, sum);
+            sum_span<BITS, ROWS, PANELS>(codes, apart, rows, row, inputs, starts, blocks, EACH * group, EACH, sum);
             for (int p = 0; p < REGISTERS; ++p) {
                 const auto scale = Here::scales(matrix, panel + p, group);
                 for (int r = 0; r < ROWS; ++r) {
-                    const auto by = Floats::same(scales[r * spans + group]);
+                    const auto by = Floats::same(scales[r * spans + EACH * group / 2]);
                     total[p][r] = fused(scale, Here::template floats<BITS>(sum[p][r]) * by, total[p][r]);
                 }
             }
         }
+    };
+    if (BITS == 4 && each == 2) {
+        of_one_span(std::integral_constant<int64_t, 2>());
+    } else if (BITS == 4 && each == 1) {
+        of_one_span(std::integral_constant<int64_t, 1>());
     } else {
         for (int64_t group = 0; group < groups; ++group) {
             typename Floats::Register part[REGISTERS][ROWS];
