@@ -29,9 +29,10 @@ PREFILL_TOKENS_PER_CORE = 24
 # Of packed weights beside integers, by their bits: they take a fourth of the time, and a third.
 INTEGER_PREFILL_TOKENS_PER_CORE = {4: 96, 8: 64}
 
-# A token's cost over what any step takes, on two cores: beside packed weights 1 ms over 13, beside
-# `galley_plugins.few_rows` 1.3 over 18. A first guess: serving measures its own.
-COMPILED_TOKEN_COST = 0.08
+# A token's cost over what any step takes, on two cores: beside `galley_plugins.few_rows` 1.3 ms over 18,
+# beside packed weights with instructions for such products 1 over 13, without them 1.1 over 6. A first guess:
+# serving measures its own.
+COMPILED_TOKEN_COST, WIDENED_TOKEN_COST = 0.08, 0.15
 
 EMBED_TOKENS_PER_CORE = 96  # of a step in which only embeddings run; a chat may have to wait for one of them
 EMBED_ALONE_TOKENS_PER_CORE = (
@@ -71,6 +72,8 @@ def server_arguments(spec: WorkerSpec, model: Path | str, device: Device) -> lis
     if device == "cpu" and drafts is not None:
         integers = _integer_bits(spec, model)
         cost = COMPILED_TOKEN_COST if integers or _float32(spec) else None
+        if integers and not _processor_has("avx512_vnni", "avx_vnni"):
+            cost = WIDENED_TOKEN_COST
         if integers:
             # Planning branches takes of such short steps what they bring.
             drafts = replace(drafts, tree="off" if drafts.tree == "auto" else drafts.tree)
@@ -245,8 +248,13 @@ def _halves_cache(spec: WorkerSpec, model: Path | str) -> bool:
 
 def _has_tiles() -> bool:
     """Whether the processor has AMX: vLLM then lays out a bfloat16 cache as compiled passes do not read."""
+    return _processor_has("amx_tile")
+
+
+def _processor_has(*flags: str) -> bool:
+    """Whether it has any of these, as far as the system says."""
     try:
-        return "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return not set(flags).isdisjoint(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
         return False
 

@@ -20,6 +20,7 @@ from galley_plugins.worker import arguments
 from galley_plugins.worker.arguments import (
     COMPILED_TOKEN_COST,
     FREE_ROWS,
+    WIDENED_TOKEN_COST,
     GiB,
     draft_schedule,
     server_arguments,
@@ -236,16 +237,24 @@ def test_drafts_are_chains_where_weights_in_4_bits_meet_integers(
         assert speculation.tree == wanted
 
 
-@pytest.mark.parametrize(("cost", "expected"), [(None, COMPILED_TOKEN_COST), (0.2, 0.2)])
+@pytest.mark.parametrize("cost", [None, 0.2])
+@pytest.mark.parametrize(
+    ("flag", "packed"), [("avx2", WIDENED_TOKEN_COST), ("avx512_vnni", COMPILED_TOKEN_COST)]
+)
 def test_a_token_is_dearer_beside_compiled_passes_unless_a_user_said(
-    cost: float | None, expected: float, served: Callable[..., Any]
+    cost: float | None,
+    flag: str,
+    packed: float,
+    served: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(arguments, "_processor_has", lambda *flags: flag in flags)
     drafting = replace(BOTH, speculation=SpeculationOptions(token_cost=cost))
     quantized = replace(drafting, quantization=ServingOptions(load={"method": "finequant"}))
     for spec, dtype, wanted in (
         (drafting, "bfloat16", cost),
-        (drafting, "float32", expected),
-        (quantized, "bfloat16", expected),
+        (drafting, "float32", cost or COMPILED_TOKEN_COST),
+        (quantized, "bfloat16", cost or packed),
     ):
         speculation = options_of(served(spec, "cpu", dtype=dtype)).speculation
         assert speculation is not None
