@@ -1,8 +1,7 @@
 """Block tables of runner V1 on a CPU, where the device's copy of a table is the table itself.
 
 vLLM copies each table to the device and finds the slots of a step's tokens there, through what launches its
-kernels: beside weights of 4 bits, 3 % of a step of four chats. Here nothing is copied, and slots are found in
-compiled code.
+kernels, which short steps feel. Here nothing is copied, and slots are found in compiled code.
 """
 
 from __future__ import annotations
