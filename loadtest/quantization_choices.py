@@ -7,7 +7,6 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numba
 import torch
 
 from galley_plugins.models import resolve
@@ -126,7 +125,7 @@ def measure_peer(
             "sequences": len(sequences),
             "sequence_tokens": len(sequences[0]),
             "easyquant_seconds": [round(clock, 2) for clock, _ in beside],
-            "easyquant_threads": numba.get_num_threads(),
+            "easyquant_threads": torch.get_num_threads(),
             "easyquant_cpu_seconds": [round(processor, 2) for _, processor in beside],
             "over_easyquant": round(found.seconds / median(clock for clock, _ in beside), 2),
             "cpu_over_easyquant": round(found.cpu_seconds / median(used for _, used in beside), 2),

@@ -57,15 +57,21 @@ def quantize_command(
         typer.Option(metavar="PATTERN=JSON", help='Other options for some: *.layers.0.*={"bits": 8}'),
     ] = None,
     output_layer: Annotated[bool, typer.Option(help="Quantize the output layer too.")] = False,
+    self_calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--self-calibrate", help="Weigh errors by text that MODEL writes itself; holds it in float32."
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option(help="Print each matrix: error, bits, outliers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Quantize MODEL's matrices without data, into the folder OUT, which `galley serve` takes as weights.
 
-    A run that was stopped goes on where it was. Leftovers are in OUT.partial.
+    A run that was stopped goes on where it was. Leftovers are in OUT.partial and OUT.calibration.
     """
     from galley_plugins.quantization.checkpoint import matrices_together, quantize_checkpoint, values_of
-    from galley_plugins.quantization.plan import Plan
+    from galley_plugins.quantization.plan import SUFFIX, Plan
     from galley_plugins.quantization.source import CheckpointError, Source
 
     console = Console(stderr=True)
@@ -80,6 +86,10 @@ def quantize_command(
         with Source(source) as weights, _progress(console) as progress:
             groups = matrices_together(weights, plan)
             sizes = {name: _size(weights.shape(name)) for name in weights.names}
+            known, kept = None, out.absolute().with_name(out.name + ".calibration")
+            if self_calibrate:
+                modules = [name.removesuffix(SUFFIX) for names in groups for name in names]
+                known = _sensitivities(source, modules, plan, out, kept, progress, target_bits is not None)
             if target_bits is not None:
                 from galley_plugins.quantization.budget import plan_for
 
@@ -90,6 +100,7 @@ def quantize_command(
                     weights.tensor,
                     plan,
                     target_bits,
+                    sensitivities=known,
                     advance=lambda name, size: progress.update(
                         task, advance=size, description=f"weighing {name}"
                     ),
@@ -99,10 +110,12 @@ def quantize_command(
                 source,
                 out.absolute(),
                 plan,
+                sensitivities=known,
                 advance=lambda name, size: progress.update(
                     bar, advance=size, description=f"quantizing {name}"
                 ),
             )
+            kept.unlink(missing_ok=True)
     except (ModelError, CheckpointError, ValueError, OSError) as error:
         _fail(console, str(error))
     weights_total = sum(row.weights for row in rows)
@@ -177,6 +190,30 @@ def perplexity_command(
         print(json.dumps({"text": text.name, "context": context, "models": [asdict(row) for row in rows]}))  # noqa: T201
     else:
         Console().print(table)
+
+
+def _sensitivities(
+    source: Path, modules: list[str], plan: Any, out: Path, kept: Path, progress: Progress, by_budget: bool
+) -> Any:
+    """Of the modules; refused, before long work begins, where nothing would be done with them."""
+    from galley_plugins.quantization.sensitivity import sensitivities
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists, expected a new folder")
+    used = [options for module in modules if (options := plan.options_of(module)) is not None]
+    if not by_budget and not any(options.keeps_outliers for options in used):
+        raise ValueError(
+            f"--self-calibrate: found {', '.join(sorted({options.method for options in used}))}, expected "
+            "easyquant, finequant+easyquant or --target-bits, which choose by what errors cost"
+        )
+    bars: list[Any] = []
+    return sensitivities(
+        source,
+        modules,
+        kept,
+        started=lambda stage, steps: bars.append(progress.add_task(stage, total=steps)),
+        advance=lambda: progress.advance(bars[-1]),
+    )
 
 
 def _fail(console: Console, message: str) -> NoReturn:

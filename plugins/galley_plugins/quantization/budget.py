@@ -16,9 +16,11 @@ from galley_plugins.quantization.plan import SUFFIX, Plan
 from galley_plugins.quantization.quantizer import quantize_together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
+
+    from galley_plugins.quantization.sensitivity import Sensitivity
 
 CANDIDATES = (
     *(
@@ -40,9 +42,13 @@ class Way:
 
 
 def ways(
-    weights: Sequence[torch.Tensor], candidates: Sequence[QuantizationOptions] = CANDIDATES
+    weights: Sequence[torch.Tensor],
+    candidates: Sequence[QuantizationOptions] = CANDIDATES,
+    sensitivities: Sequence[Sensitivity] | None = None,
 ) -> list[Way]:
-    """Of matrices that are quantized together: those that fit, errors relative to the mean square weight.
+    """Of matrices that are quantized together: those that fit.
+
+    Errors are what they cost, and where that is not known relative to the mean square weight.
 
     Raises:
         ValueError: no candidate's groups divide the input dimension, or a weight is not finite.
@@ -52,12 +58,15 @@ def ways(
         if weights[0].shape[1] % (options.group_size or 1):
             continue
         bits = error = 0.0
-        for original, matrix in zip(weights, quantize_together(weights, options), strict=True):
+        matrices = quantize_together(weights, options, sensitivities=sensitivities)
+        for place, (original, matrix) in enumerate(zip(weights, matrices, strict=True)):
             whole = original.float()
+            off = matrix.dequantize() - whole
             bits += matrix.bits_per_weight * whole.numel()
-            error += float(
-                (matrix.dequantize() - whole).square().sum() / whole.square().mean().clamp_min(1e-30)
-            )
+            if sensitivities is not None:
+                error += float(sensitivities[place].costs(off).sum())
+            else:
+                error += float(off.square().sum() / whole.square().mean().clamp_min(1e-30))
         found.append(Way(bits, error, options))
     if not found:
         raise ValueError(
@@ -116,6 +125,7 @@ def plan_for(
     bits_per_weight: float,
     *,
     candidates: Sequence[QuantizationOptions] = CANDIDATES,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
     advance: Callable[[str, int], None] | None = None,
 ) -> Plan:
     """The plan with a rule for each group of matrices.
@@ -124,6 +134,7 @@ def plan_for(
         groups: names of tensors that are quantized together.
         tensor: gives a tensor by its name.
         bits_per_weight: of all of them, on average.
+        sensitivities: of each module; None is not known.
 
     Raises:
         ValueError: as `ways` and `spread`.
@@ -131,7 +142,10 @@ def plan_for(
     choices, weights = {}, 0
     for names in groups:
         matrices = [tensor(name) for name in names]
-        choices[names[0]] = ways(matrices, candidates)
+        known = None
+        if sensitivities is not None:
+            known = [sensitivities[name.removesuffix(SUFFIX)] for name in names]
+        choices[names[0]] = ways(matrices, candidates, known)
         weights += sum(matrix.numel() for matrix in matrices)
         if advance is not None:
             advance(names[0], sum(matrix.numel() for matrix in matrices))

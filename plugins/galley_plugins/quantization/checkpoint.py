@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 from galley_plugins.quantization.layout import COMPRESSED_TENSORS, FORMAT_VERSION, METHOD, tensors_of
+from galley_plugins.quantization.outliers import CostLevel
 from galley_plugins.quantization.plan import SUFFIX, Plan, fused_name
-from galley_plugins.quantization.quantizer import quantize_together
+from galley_plugins.quantization.quantizer import count_costs, quantize_together
 from galley_plugins.quantization.source import INDEX, CheckpointError, Source, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
     from galley_plugins.quantization.options import QuantizationOptions
+    from galley_plugins.quantization.sensitivity import Sensitivity
 
 PART_BYTES = 256 * 2**20
 """A part of the output is written when it holds so much."""
@@ -52,13 +55,19 @@ class Row:
 
 
 def quantize_checkpoint(
-    source: Path, out: Path, plan: Plan, *, advance: Callable[[str, int], None] | None = None
+    source: Path,
+    out: Path,
+    plan: Plan,
+    *,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
+    advance: Callable[[str, int], None] | None = None,
 ) -> list[Row]:
     """Quantize the model in folder `source` into the new folder `out`; what was made of each matrix.
 
     Holds one matrix (or those that vLLM fuses) and one part of the output at a time.
 
     Args:
+        sensitivities: of each module that the plan quantizes; None is not known.
         advance: told of each module that is done, and its weights.
 
     Raises:
@@ -73,7 +82,8 @@ def quantize_checkpoint(
             raise CheckpointError(f"{source} is quantized already, expected full weights")
         chosen = _chosen(model, plan)
         partial = out.with_name(out.name + ".partial")
-        parts = _Parts(partial, _fingerprint(model, plan))
+        parts = _Parts(partial, _fingerprint(model, plan, sensitivities))
+        level = None if sensitivities is None else _level(model, chosen, sensitivities)
         rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in parts.rows]
         done = {row.name for row in rows}
         for together in _in_turn(model, chosen):
@@ -81,13 +91,13 @@ def quantize_checkpoint(
             if not modules:
                 parts.add({name: model.tensor(name) for name in together if name not in parts.written}, [])
             elif modules[0] not in done:
-                made, tensors = _quantized(model, modules, chosen)
+                made, tensors = _quantized(model, modules, chosen, sensitivities, level)
                 rows += made
                 parts.add(tensors, made)
             for name in together:
                 if advance is not None:
                     advance(name, _size(model.shape(name)))
-        config = {**model.config, "quantization_config": _description(plan, rows)}
+        config = {**model.config, "quantization_config": _description(plan, rows, sensitivities)}
         parts.finish(config, source, out)
     return rows
 
@@ -126,8 +136,24 @@ def _in_turn(model: Source, chosen: dict[str, QuantizationOptions]) -> Iterator[
             yield group
 
 
+def _level(
+    model: Source, chosen: dict[str, QuantizationOptions], sensitivities: Mapping[str, Sensitivity]
+) -> float:
+    """What rounding an outlier costs at the least, so that there are as many as without sensitivities."""
+    level = CostLevel()
+    for name, options in chosen.items():
+        if options.keeps_outliers:
+            with _named(name.removesuffix(SUFFIX)) as module:
+                count_costs(level, model.tensor(name).float(), options, sensitivities[module])
+    return level.value()
+
+
 def _quantized(
-    model: Source, modules: list[str], chosen: dict[str, QuantizationOptions]
+    model: Source,
+    modules: list[str],
+    chosen: dict[str, QuantizationOptions],
+    sensitivities: Mapping[str, Sensitivity] | None,
+    level: float | None,
 ) -> tuple[list[Row], dict[str, torch.Tensor]]:
     options = {chosen[module + SUFFIX] for module in modules}
     if len(options) > 1:
@@ -135,10 +161,13 @@ def _quantized(
             f"{', '.join(modules)}: found different options, expected the same, as vLLM fuses them"
         )
     weights = [model.tensor(module + SUFFIX) for module in modules]
-    try:
-        matrices = quantize_together(weights, options.pop())
-    except ValueError as error:
-        raise ValueError(f"{modules[0]}: {error}") from None
+    with _named(modules[0]):
+        matrices = quantize_together(
+            weights,
+            options.pop(),
+            sensitivities=None if sensitivities is None else [sensitivities[module] for module in modules],
+            level=level,
+        )
     rows, tensors = [], {}
     for module, original, matrix in zip(modules, weights, matrices, strict=True):
         whole = original.float()
@@ -158,6 +187,15 @@ def _quantized(
     return rows, tensors
 
 
+@contextmanager
+def _named(module: str) -> Iterator[str]:
+    """Puts the module's name before what is wrong with its weights."""
+    try:
+        yield module
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}") from None
+
+
 def _size(shape: Iterable[int]) -> int:
     size = 1
     for each in shape:
@@ -165,15 +203,13 @@ def _size(shape: Iterable[int]) -> int:
     return size
 
 
-def _fingerprint(model: Source, plan: Plan) -> str:
-    """Changes with the plan, the source's files, and the format."""
-    files = sorted(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in model.folder.iterdir()
-        if path.suffix in {".safetensors", ".json"}
-    )
-    described = json.dumps([FORMAT_VERSION, plan.to_values(), files], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()
+def _fingerprint(model: Source, plan: Plan, sensitivities: Mapping[str, Sensitivity] | None) -> str:
+    """Changes with the plan, the source's files, what is known of them, and the format."""
+    described: list[Any] = [FORMAT_VERSION, plan.to_values(), model.files()]
+    found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, each in sorted((sensitivities or {}).items()):
+        found.update(name.encode() + each.inputs.numpy().tobytes() + each.outputs.numpy().tobytes())
+    return found.hexdigest()
 
 
 class _Parts:
@@ -267,11 +303,14 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     new.replace(path)
 
 
-def _description(plan: Plan, rows: list[Row]) -> dict[str, Any]:
+def _description(
+    plan: Plan, rows: list[Row], sensitivities: Mapping[str, Sensitivity] | None
+) -> dict[str, Any]:
     """`quantization_config`, with what made it under `galley`."""
     own = {
         "format_version": FORMAT_VERSION,
         "plan": plan.to_values(),
+        "calibrated": sensitivities is not None,
         "matrices": {
             row.name: {
                 "bits": row.bits,

@@ -65,6 +65,14 @@ class Source:
         """Of all tensors, file by file in the files' order."""
         return list(self._place)
 
+    def files(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of what the model is read from: another model has others."""
+        return sorted(
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in self.folder.iterdir()
+            if path.suffix in {".safetensors", ".json"}
+        )
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[self._place[name]].get_slice(name).get_shape())
 

@@ -9,6 +9,8 @@ import torch
 from galley_plugins.quantization.budget import Way, hull, plan_for, spread, ways
 from galley_plugins.quantization.options import QuantizationOptions
 from galley_plugins.quantization.plan import Plan
+from galley_plugins.quantization.quantizer import quantize
+from galley_plugins.quantization.sensitivity import Sensitivity
 
 SOME = QuantizationOptions("rtn", group_size=32)
 
@@ -103,3 +105,27 @@ def test_a_plan_keeps_to_its_bits() -> None:
     assert [plan.options_of(name) for name in "abc"] == [candidates[1], candidates[1], candidates[2]]
     with pytest.raises(ValueError, match=r"target bits: found 4.0, expected at least 4.12"):
         plan_for(groups, tensors.__getitem__, Plan(SOME), 4.0, candidates=candidates)
+
+
+def test_where_costs_are_known_bits_go_to_what_costs_most() -> None:
+    generator = torch.Generator().manual_seed(2)
+    tensors = {f"{name}.weight": torch.randn(16, 128, generator=generator) for name in "ab"}
+    candidates = [
+        QuantizationOptions("rtn", group_size=128),
+        QuantizationOptions("rtn", bits=8, group_size=128),
+    ]
+    for loud in "ab":
+        known = {
+            name: Sensitivity(torch.ones(128), torch.full((16,), 9.0 if name == loud else 1.0))
+            for name in "ab"
+        }
+        groups = [["a.weight"], ["b.weight"]]
+        plan = plan_for(
+            groups, tensors.__getitem__, Plan(SOME), 6.2, candidates=candidates, sensitivities=known
+        )
+        bits = {name: options.bits for name in "ab" if (options := plan.options_of(name)) is not None}
+        assert bits == {name: 8 if name == loud else 4 for name in "ab"}
+        weights = tensors["a.weight"]
+        four, _ = ways([weights], candidates, [known["a"]])
+        off = (quantize(weights, candidates[0]).dequantize() - weights).square().sum()
+        assert four.error == pytest.approx(float(off * known["a"].outputs[0]) / 2, rel=1e-5)

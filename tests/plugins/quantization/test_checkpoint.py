@@ -19,6 +19,7 @@ from galley_plugins.quantization.layout import read_quantized
 from galley_plugins.quantization.options import QuantizationOptions
 from galley_plugins.quantization.plan import Plan
 from galley_plugins.quantization.quantizer import quantize, quantize_together
+from galley_plugins.quantization.sensitivity import Sensitivity
 from galley_plugins.quantization.source import CheckpointError, Source
 from tests.support.small_checkpoint import LAYERS, make_small_checkpoint
 
@@ -112,6 +113,49 @@ def test_without_outliers_compressed_tensors_reads_it(source: Path, tmp_path: Pa
         assert torch.allclose(codes.float() * scales, matrices[name].dequantize())  # type: ignore[union-attr]
 
 
+def known(source: Path, loud: str | None = None) -> dict[str, Sensitivity]:
+    """Costs of all matrices, one of them much higher than the others."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    with Source(source) as model:
+        for names in matrices_together(model, BOTH):
+            for name in names:
+                rows, columns = model.shape(name)
+                module = name.removesuffix(".weight")
+                inputs = torch.rand(columns, generator=generator) + 0.5
+                found[module] = Sensitivity(inputs, torch.full((rows,), 40.0 if module == loud else 1.0))
+    return found
+
+
+def test_where_costs_are_known_outliers_go_where_they_cost_most(source: Path, tmp_path: Path) -> None:
+    loud = "model.layers.1.mlp.down_proj"
+
+    def counts(name: str, sensitivities: dict[str, Sensitivity] | None) -> dict[str, float]:
+        rows = quantize_checkpoint(source, tmp_path / name, BOTH, sensitivities=sensitivities)
+        found = dict(read_quantized(tmp_path / name))
+        for row in rows:
+            matrix = found[row.name]
+            assert isinstance(matrix, PackedMatrix)
+            assert matrix.outliers is not None
+            assert len(matrix.outliers.values) == round(row.outlier_share * row.weights)
+        return {row.name: row.outlier_share * row.weights for row in rows}
+
+    without, alike, one = (
+        counts("without", None),
+        counts("alike", known(source)),
+        counts("one", known(source, loud)),
+    )
+    for found in (alike, one):
+        assert 0.97 * sum(without.values()) <= sum(found.values()) <= sum(without.values())
+    assert one[loud] > 2 * alike[loud]
+    assert all(one[name] <= alike[name] for name in one if name != loud)
+    described = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["calibrated"]
+        for name in ("without", "alike", "one")
+    ]
+    assert described == [False, True, True]
+
+
 def stop_after(count: int) -> Any:
     def advance(name: str, weights: int) -> None:
         nonlocal count
@@ -133,7 +177,9 @@ def test_a_run_that_was_stopped_goes_on(
     assert not (tmp_path / "out").exists()
     made = []
     own = checkpoint.quantize_together
-    monkeypatch.setattr(checkpoint, "quantize_together", lambda *given: made.append(1) or own(*given))
+    monkeypatch.setattr(
+        checkpoint, "quantize_together", lambda *given, **more: made.append(1) or own(*given, **more)
+    )
     assert sorted(quantize_checkpoint(source, tmp_path / "out", BOTH), key=lambda row: row.name) == sorted(
         whole, key=lambda row: row.name
     )

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from galley_plugins.quantization import checkpoint
 from galley_plugins.quantization.__main__ import app
+from galley_plugins.quantization.comparison import load
+from galley_plugins.quantization.sensitivity import own_text
 from tests.support.small_checkpoint import make_small_checkpoint
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.support.small_llama import small_llama
 
 runner = CliRunner()
 
@@ -42,9 +44,59 @@ def test_a_budget_of_bits_is_kept(model: str, tmp_path: Path) -> None:
     assert 5 < json.loads(result.stdout)["bits_per_weight"] <= 5.8
 
 
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    small_llama().save_pretrained(tmp_path / "llama")
+    return str(tmp_path / "llama")
+
+
+def divergence(model: str, folder: Path) -> float:
+    """Kullback-Leibler, in nats a token, over text that the model writes."""
+    original, quantized = load(Path(model)).model, load(folder).model
+    text = own_text(original, texts=64, tokens=24, seed=5)
+    with torch.inference_mode():
+        before, after = (each(text).logits.double().log_softmax(-1) for each in (original, quantized))
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("options", [["--method", "easyquant", "--group-size", "32"], ["--target-bits", "6"]])
+def test_text_of_its_own_leaves_the_model_nearer_to_itself(
+    llama: str, tmp_path: Path, options: list[str]
+) -> None:
+    bits = {}
+    for name, more in (("plain", []), ("calibrated", ["--self-calibrate"])):
+        arguments = ["quantize", llama, str(tmp_path / name), *options, *more, "--json"]
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        bits[name] = json.loads(result.stdout)["bits_per_weight"]
+    assert bits["calibrated"] == pytest.approx(bits["plain"], abs=0.06)
+    assert divergence(llama, tmp_path / "calibrated") < 0.9 * divergence(llama, tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibrated", "llama", "plain"]
+
+
+def test_a_calibrated_run_that_was_stopped_goes_on(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["quantize", llama, str(tmp_path / "out"), "--method", "easyquant", "--self-calibrate"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "quantize_together", lambda *_, **__: 1 / 0)
+        assert isinstance(runner.invoke(app, arguments).exception, ZeroDivisionError)
+    kept = tmp_path / "out.calibration"
+    before = kept.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._Parts, "finish", lambda *_: 1 / 0)
+        assert isinstance(runner.invoke(app, arguments).exception, ZeroDivisionError)
+    assert kept.stat().st_mtime_ns == before
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert not kept.exists()
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--self-calibrate", "--method", "finequant"], "--self-calibrate: found finequant, expected easyq"),
         (["--bits", "3"], "bits: found 3, expected 4 or 8"),
         (["--rule", "*.down_proj"], "expected PATTERN=JSON"),
         (["--keep", "*.w2"], "*.w2: matches none"),

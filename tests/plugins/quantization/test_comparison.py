@@ -11,18 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from galley_plugins.quantization.__main__ import app
 from galley_plugins.quantization.checkpoint import quantize_checkpoint
 from galley_plugins.quantization.layout import read_quantized
 from galley_plugins.quantization.plan import Plan
+from tests.support.small_llama import VOCABULARY, small_llama
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-WORDS = [f"w{number}" for number in range(48)]
+WORDS = [f"w{number}" for number in range(VOCABULARY)]
 CONTEXT = 32
 runner = CliRunner()
 
@@ -31,12 +32,7 @@ runner = CliRunner()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain checkpoint, two quantized ones and a text."""
     folder = tmp_path_factory.mktemp("comparison")
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "plain")
+    small_llama().to(torch.bfloat16).save_pretrained(folder / "plain")
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "plain")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from galley_plugins.quantization.options import METHODS, QuantizationOptions
-from galley_plugins.quantization.quantizer import quantize
+from galley_plugins.quantization.quantizer import quantize, quantize_together
+from galley_plugins.quantization.sensitivity import Sensitivity
 
 
 def heavy_tailed(rows: int = 96, columns: int = 256) -> torch.Tensor:
@@ -86,3 +87,66 @@ def test_zeros_denormals_and_huge_weights_stay_finite(value: float) -> None:
 def test_what_is_no_matrix_of_numbers_is_refused(weights: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize(weights, QuantizationOptions(method="rtn"))
+
+
+def sensitivity(rows: int = 96, columns: int = 256, seed: int = 8) -> Sensitivity:
+    """A few inputs and outputs count for much more than others."""
+    generator = torch.Generator().manual_seed(seed)
+    return Sensitivity(
+        torch.randn(columns, generator=generator).mul(2).exp(),
+        torch.randn(rows, generator=generator).mul(2).exp(),
+    )
+
+
+def test_where_costs_are_known_the_costliest_weights_are_kept_apart() -> None:
+    weights, known = heavy_tailed(), sensitivity()
+    options = QuantizationOptions(method="easyquant", group_size=64)
+    (plain,) = quantize_together([weights], options)
+    (found,) = quantize_together([weights], options, sensitivities=[known])
+    assert plain.outliers is not None
+    assert found.outliers is not None
+    assert 0.97 * len(plain.outliers) <= len(found.outliers) <= len(plain.outliers)
+    costs = weights.square() * known.inputs * known.outputs[:, None]
+    apart = torch.zeros_like(weights, dtype=torch.bool)
+    apart[found.outliers.rows, found.outliers.columns] = True
+    assert costs[apart].min() >= costs[~apart].max() * 0.99
+
+    def cost(matrix: Any) -> float:
+        return float(known.costs(matrix.dequantize() - weights).sum())
+
+    assert cost(found) < 0.75 * cost(plain)
+    assert torch.equal(found.dequantize()[apart], weights[apart].bfloat16().float())
+
+
+def test_a_level_is_for_all_matrices_and_a_bit_more_quarters_what_rounding_costs() -> None:
+    weights, known = heavy_tailed(), sensitivity()
+    options = QuantizationOptions(method="easyquant", group_size=64)
+    louder = Sensitivity(known.inputs, 100 * known.outputs)
+    level = float(known.costs(weights).flatten().kthvalue(weights.numel() - 50).values) / 4**4
+
+    def kept(options: QuantizationOptions, known: Sensitivity) -> int:
+        (matrix,) = quantize_together([weights], options, sensitivities=[known], level=level)
+        assert matrix.outliers is not None
+        return len(matrix.outliers)
+
+    assert kept(options, known) == 50
+    assert kept(options, louder) > 200
+    eight = QuantizationOptions(method="easyquant", bits=8, group_size=64)
+    assert kept(eight, Sensitivity(known.inputs, 4.0**4 * known.outputs)) == 50
+    assert kept(eight, known) < 10
+
+
+def test_inputs_that_are_never_there_cost_nothing() -> None:
+    weights = heavy_tailed()
+    weights[:, 3] *= 1000
+    known = Sensitivity(torch.ones(256), torch.ones(96))
+    known.inputs[3] = 0
+    options = QuantizationOptions(method="easyquant", group_size=32)
+    (found,) = quantize_together([weights], options, sensitivities=[known])
+    assert found.outliers is not None
+    assert not (found.outliers.columns == 3).any()
+    assert torch.isfinite(found.dequantize()).all()
+    nothing = Sensitivity(torch.zeros(256), torch.zeros(96))
+    (found,) = quantize_together([weights], options, sensitivities=[nothing])
+    assert found.outliers is not None
+    assert len(found.outliers) == 0
