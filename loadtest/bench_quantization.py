@@ -10,12 +10,14 @@ GPTQ takes sequences of WikiText-2's validation text, and EasyQuant is timed bef
 Seconds are those of the command `galley quantize`, start and imports included, method by method in turn.
 
 Likelihood is of answers that the full weights give to Spec-Bench's prompts as chats, greedily, under them and
-under `finequant+easyquant` as `galley quantize` writes it, alone and with `--target-bits`.
+under `finequant+easyquant` as `galley quantize` writes it, alone, with `--target-bits` and with
+`--self-calibrate`; beside it stand the perplexity of WikiText-2's test text and the command's seconds.
 
 Speed is tokens a second through servers (loadtest/quantization_speed.py), prompts of Spec-Bench, one chat
 after the other (b1) and eight at once (c8): vLLM in bfloat16 (through torch.compile only where it is asked
 for), llama.cpp with the model's own Q4_1 file, and Galley with 4-bit weights by FineQuant, quantized while
-loading, without and with drafts. Where they are asked for, vLLM and Galley with plain weights in float32 too.
+loading, without and with drafts. Where they are asked for, Galley with weights of `finequant+easyquant` and
+`--self-calibrate`, and vLLM and Galley with plain weights in float32 too.
 
 Starts are seconds from the command to readiness of Galley's worker in bfloat16: without torch.compile, with
 it and an empty cache of compiled code, and with what that start left there, in turn.
@@ -28,9 +30,10 @@ Figures:
     seconds_over_easyquant_*  GPTQ's over EasyQuant's with the same groups, of the same minutes; cpu_ is of
                        the processor's seconds, all cores together, here and elsewhere
     command_seconds_*  of `galley quantize`, medians; per_billion is for each billion of weights quantized
-    likelihood_*       mean log-probability of a token of the answers, in nats; loss is how much lower int4 is
+    likelihood_*       mean log-probability of a token of the answers, in nats; loss is what quantizing takes,
+                       ppl the perplexity of WikiText-2's test text under the same weights
     int4_speedup_*     Galley's 4-bit server over vLLM in bfloat16; int4_over_compiled_* over vLLM's compiled
-    over_llamacpp_*    the same with drafts, over llama.cpp
+    over_llamacpp_*    the same with drafts, over llama.cpp; calibrated_* of weights by --self-calibrate
     float32_*          Galley's float32 servers over vLLM's, and with drafts over without
     start_seconds_*    medians; start_warm_over_eager is their ratio
 """
@@ -51,7 +54,7 @@ from rich.progress import track
 
 from galley_plugins.models import resolve
 from galley_plugins.quantization.comparison import load
-from galley_plugins.quantization.perplexity import windows
+from galley_plugins.quantization.perplexity import perplexity, windows
 from loadtest import likelihood, llmcompressor_peer, quantization_choices, quantize_seconds, turns
 from loadtest import quantization_speed as speed
 from loadtest import worker_starts as starts
@@ -71,10 +74,18 @@ SPEC_BENCH = Path("spec") / "specbench.jsonl"
 WINDOWS, QUICK_WINDOWS, WINDOW_TOKENS, QUICK_WINDOW_TOKENS = 16, 1, 1024, 512
 SEQUENCES, SEQUENCE_TOKENS = 24, 512  # that GPTQ takes
 ANSWERS, ANSWER_TOKENS, INT4 = 60, 64, "finequant+easyquant"
-TARGETS: tuple[float | None, ...] = (None, 5.0, 5.5, 6.0)
+WAYS: dict[str, tuple[str, ...]] = {
+    "int4": (),
+    "5_bits": ("--target-bits", "5.0"),
+    "5.5_bits": ("--target-bits", "5.5"),
+    "6_bits": ("--target-bits", "6.0"),
+    "calibrated": ("--self-calibrate",),
+    "calibrated_4.5_bits": ("--self-calibrate", "--target-bits", "4.5"),
+    "calibrated_5_bits": ("--self-calibrate", "--target-bits", "5.0"),
+}
 SECTIONS = ("perplexity", "seconds", "likelihood", "speed", "starts")
 QUICK_SECTIONS = ("perplexity", "speed")
-NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (SPEC_BENCH,), "speed": (WIKITEXT, SPEC_BENCH)}
+NEEDED = {"perplexity": (WIKITEXT,), "likelihood": (WIKITEXT, SPEC_BENCH), "speed": (WIKITEXT, SPEC_BENCH)}
 PER_WAVE = {"b1": 3, "c8": 8}
 REPEATS, MAX_TOKENS, QUICK_MAX_TOKENS = 3, 64, 24
 QUICK_CHARACTERS = 300  # of a prompt: the longest take bfloat16 a minute to read
@@ -178,6 +189,7 @@ def measure_likelihood(report: Report, options: argparse.Namespace) -> dict[str,
     from transformers import AutoTokenizer
 
     prompts, folder = spec_bench(options.data)[:ANSWERS], resolve(MODEL)
+    texts = token_windows(options.data / WIKITEXT, options.windows, WINDOW_TOKENS)
     assert isinstance(folder, Path)
     model, tokenizer = load(folder).model, AutoTokenizer.from_pretrained(folder)
     answers = likelihood.greedy_answers(
@@ -198,23 +210,25 @@ def measure_likelihood(report: Report, options: argparse.Namespace) -> dict[str,
         "likelihood_bf16": round(likelihood.mean(own), 4),
         "likelihood_tokens": sum(map(len, own)),
     }
-    for target in TARGETS:
-        column = "int4" if target is None else f"{target:g}_bits"
+    for column, more in WAYS.items():
         with tempfile.TemporaryDirectory(prefix="galley-quantize-") as place:
             out = Path(place) / column
-            quantize_seconds.quantize(INT4, out, target_bits=target)
+            run = quantize_seconds.quantize(INT4, out, *more)
             loaded = load(out)
             four = likelihood.scores(loaded.model, track(answers, column, console=console))
+            wikitext = perplexity(loaded.model, texts)
         for row, low in zip(rows, four, strict=True):
             row[column] = round(sum(low), 4)
+        ending = f"_{column}" if more else ""
         figures |= {
             f"likelihood_{column}": round(likelihood.mean(four), 4),
-            f"likelihood_loss{'' if target is None else f'_{column}'}": round(
-                likelihood.mean(own) - likelihood.mean(four), 4
-            ),
-            f"likelihood_bits{'' if target is None else f'_{column}'}": round(loaded.bits_per_weight, 4),
+            f"likelihood_loss{ending}": round(likelihood.mean(own) - likelihood.mean(four), 4),
+            f"likelihood_bits{ending}": round(loaded.bits_per_weight, 4),
+            f"likelihood_ppl{ending}": round(wikitext, 4),
+            f"likelihood_seconds{ending}": run["seconds"],
         }
-    report.add("likelihood", {"method": INT4, "max_tokens": ANSWER_TOKENS, "answers": rows})
+        console.print(f"{column}: {figures[f'likelihood_loss{ending}']} nats less")
+    report.add("likelihood", {"method": INT4, "options": WAYS, "max_tokens": ANSWER_TOKENS, "answers": rows})
     return figures
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from loadtest.quantization_peers import GGUF, PACKAGE, SLOT_TOKENS, SLOTS, gguf, llama_server
+from loadtest.quantize_seconds import quantize
 from loadtest.servers import Server, galley_worker, plain_vllm
 from loadtest.turns import CLIENTS, Wave
 
@@ -27,9 +30,11 @@ INT4 = {"method": "finequant"}
 HYBRID = {"method": "hybrid"}
 BASE, PEER, OURS, DRAFTING = "vllm_bf16", "llama_cpp", "galley_int4", "galley_int4_hybrid"
 COMPILED = "vllm_bf16_compiled"
+CALIBRATED, CALIBRATED_DRAFTING = "galley_int4_calibrated", "galley_int4_calibrated_hybrid"
+CALIBRATION = ("finequant+easyquant", "--self-calibrate")
 FLOAT_BASE, FLOAT, FLOAT_DRAFTING = "vllm_float32", "galley_float32", "galley_float32_hybrid"
 SERVERS = (BASE, PEER, OURS, DRAFTING)
-EVERY = (*SERVERS, COMPILED, FLOAT_BASE, FLOAT, FLOAT_DRAFTING)
+EVERY = (*SERVERS, COMPILED, CALIBRATED, CALIBRATED_DRAFTING, FLOAT_BASE, FLOAT, FLOAT_DRAFTING)
 
 
 @contextlib.contextmanager
@@ -42,6 +47,9 @@ def serving(name: str) -> Iterator[Server]:
     elif name in (FLOAT, FLOAT_DRAFTING):
         drafts = ("--speculation", json.dumps(HYBRID)) if name == FLOAT_DRAFTING else ()
         scope = galley_worker({**SETTINGS, "dtype": "float32"}, *drafts)
+    elif name in (CALIBRATED, CALIBRATED_DRAFTING):
+        drafts = ("--speculation", json.dumps(HYBRID)) if name == CALIBRATED_DRAFTING else ()
+        scope = _calibrated(*drafts)
     elif name == PEER:
         scope = llama_server(gguf())
     elif name == OURS:
@@ -52,11 +60,21 @@ def serving(name: str) -> Iterator[Server]:
         yield server
 
 
+@contextlib.contextmanager
+def _calibrated(*flags: str) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(prefix="galley-quantize-") as place:
+        method, *options = CALIBRATION
+        quantize(method, Path(place) / "out", *options)
+        with galley_worker(SETTINGS, *flags, weights=f"{place}/out") as server:
+            yield server
+
+
 def settings(max_tokens: int) -> dict[str, Any]:
     """All that the servers were told."""
     return {
         "engine": SETTINGS,
         "quantization": INT4,
+        "calibrated": " ".join(CALIBRATION),
         "speculation": HYBRID,
         "max_tokens": max_tokens,
         "llama_cpp": {"package": PACKAGE, "model": GGUF, "slots": SLOTS, "slot_tokens": SLOT_TOKENS},
@@ -81,6 +99,9 @@ def figures_of(waves: Sequence[Wave]) -> dict[str, float]:
         "float32_hybrid_over_none": (FLOAT_DRAFTING, FLOAT),
         "int4_hybrid_over_none": (DRAFTING, OURS),
         "over_llamacpp": (DRAFTING, PEER),
+        "calibrated_over_compiled": (CALIBRATED, COMPILED),
+        "calibrated_over_llamacpp": (CALIBRATED_DRAFTING, PEER),
+        "calibrated_over_int4": (CALIBRATED, OURS),
     }
     for name, (ours, theirs) in ratios.items():
         for load in CLIENTS:

@@ -27,17 +27,16 @@ class CommandError(RuntimeError):
     """The command failed; the message is its own."""
 
 
-def quantize(method: str, out: Path, model: str = MODEL, target_bits: float | None = None) -> dict[str, Any]:
+def quantize(method: str, out: Path, *options: str, model: str = MODEL) -> dict[str, Any]:
     """
     Args:
-        target_bits: of a weight, on average; None for the method's own.
+        options: of the command, besides the method.
 
     Raises:
         CommandError: it failed.
     """
     command = [sys.executable, "-m", "galley", "quantize", model, str(out), "--method", method, "--json"]
-    if target_bits is not None:
-        command += ["--target-bits", str(target_bits)]
+    command += options
     start, before = time.perf_counter(), _of_children()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds, processor = time.perf_counter() - start, _of_children() - before

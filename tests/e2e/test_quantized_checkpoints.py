@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 
 from galley_kernels import PackedMatrix
 from galley_kernels.compiled.linear import exact
-from galley_plugins.quantization.checkpoint import quantize_checkpoint
+from galley_plugins.quantization.checkpoint import matrices_together, quantize_checkpoint
 from galley_plugins.quantization.layout import read_quantized
-from galley_plugins.quantization.plan import Plan
+from galley_plugins.quantization.plan import SUFFIX, Plan
+from galley_plugins.quantization.sensitivity import sensitivities
+from galley_plugins.quantization.source import Source
 from loadtest.perplexity import log_likelihoods, prompt_logprobs
 from loadtest.servers import FLOAT32, galley_worker
 from tests.e2e.quantized import MIXED, TOKENS, answers_of, ask, dequantized
@@ -27,9 +29,18 @@ pytestmark = pytest.mark.engine
 OPTIONS = {**FLOAT32, "max-num-seqs": 8, "max-num-batched-tokens": 256}
 
 
-def test_weights_apart_and_mixed_bits(shallow: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_weights_apart_and_mixed_bits(shallow: str, tmp_path: Path, calibrated: bool) -> None:
+    """With costs known some matrices keep an eighth of their weights apart, and some of 8 bits none."""
     out = tmp_path / "quantized"
-    quantize_checkpoint(Path(shallow), out, Plan.from_values({"method": "finequant+easyquant"}, MIXED))
+    plan, known = Plan.from_values({"method": "finequant+easyquant"}, MIXED), None
+    if calibrated:
+        with Source(Path(shallow)) as source:
+            names = [name for group in matrices_together(source, plan) for name in group]
+        modules = [name.removesuffix(SUFFIX) for name in names]
+        known = sensitivities(Path(shallow), modules, tmp_path / "calibration")
+    rows = quantize_checkpoint(Path(shallow), out, plan, sensitivities=known)
+    assert (max(row.outlier_share for row in rows) > 0.1) == calibrated
     flags = ("--speculation", '{"method": "hybrid"}', "--quantization", '{"activations": "float"}')
     with galley_worker(OPTIONS, *flags, weights=str(out)) as server:
         found = [ask(server, prompt) for prompt in PROMPTS[:4]]

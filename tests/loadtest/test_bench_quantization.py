@@ -114,6 +114,8 @@ def test_ratios_compare_waves_of_the_same_prompts() -> None:
             (speed.OURS, 5.0 * slow),
             (speed.DRAFTING, 2.0 * slow),
             (speed.COMPILED, 8.0 * slow),
+            (speed.CALIBRATED, 6.25 * slow),
+            (speed.CALIBRATED_DRAFTING, 2.5 * slow),
         )
     ]
     figures = speed.figures_of(waves)
@@ -122,6 +124,9 @@ def test_ratios_compare_waves_of_the_same_prompts() -> None:
     assert figures["over_llamacpp_c8"] == 2.0
     assert figures["int4_over_llamacpp_b1"] == 0.8
     assert figures["int4_over_compiled_c8"] == 1.6
+    assert figures["calibrated_over_compiled_b1"] == 1.28
+    assert figures["calibrated_over_llamacpp_c8"] == 1.6
+    assert figures["calibrated_over_int4_c8"] == 0.8
     assert figures["tokens_per_second_vllm_bf16_b1"] == 5.0
     assert "over_llamacpp_b1" not in speed.figures_of([wave for wave in waves if wave.server != speed.PEER])
 

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
 
 def test_the_command_is_timed_and_its_weights_counted(tmp_path: Path) -> None:
     make_small_checkpoint(tmp_path / "model")
-    found = quantize("rtn", tmp_path / "out", str(tmp_path / "model"))
+    found = quantize("rtn", tmp_path / "out", model=str(tmp_path / "model"))
     assert found["seconds"] > 0
     assert 0.5 < found["cpu_seconds"] < 2 * os.cpu_count() * found["seconds"]  # at least the imports
     assert found["weights"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160)
     assert 4 < found["bits"] < 5
+    more = quantize("rtn", tmp_path / "coarse", "--group-size", "32", model=str(tmp_path / "model"))
+    assert more["bits"] == 4.5  # a scale of 16 bits for 32 weights
     with pytest.raises(
         CommandError, match=r"galley quantize --method rtn: error: .*exists, expected a new folder"
     ):
-        quantize("rtn", tmp_path / "out", str(tmp_path / "model"))
+        quantize("rtn", tmp_path / "out", model=str(tmp_path / "model"))
 
 
 def test_methods_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
