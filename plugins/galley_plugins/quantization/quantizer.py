@@ -50,24 +50,21 @@ def quantize_together(
     Raises:
         ValueError: as `quantize`.
     """
-    whole = [_checked(each) for each in matrices]
-    known = [None] * len(whole) if sensitivities is None else list(sensitivities)
-    found: list[tuple[torch.Tensor, Outliers | None]] = [(weights, None) for weights in whole]
+    found: list[tuple[torch.Tensor, Outliers | None]] = [(_checked(each), None) for each in matrices]
+    known = [None] * len(found) if sensitivities is None else list(sensitivities)
     if options.keeps_outliers:
         if sensitivities is not None and level is None:
-            found_level = CostLevel()
-            for weights, sensitivity in zip(whole, sensitivities, strict=True):
-                count_costs(found_level, weights, options, sensitivity)
-            level = found_level.value()
-        found = [
-            split_outliers(
-                weights,
-                outliers_of(weights, options.sigma)
-                if sensitivity is None or level is None
-                else rounding_costs(weights, options.bits, sensitivity) > level,
-            )
-            for weights, sensitivity in zip(whole, known, strict=True)
-        ]
+            own = CostLevel()
+            for (weights, _), each in zip(found, sensitivities, strict=True):
+                count_costs(own, weights, options, each)
+            level = own.value()
+        for place, sensitivity in enumerate(known):  # one after the other, so that few are held twice
+            weights = found[place][0]
+            if sensitivity is None or level is None:
+                apart = outliers_of(weights, options.sigma)
+            else:
+                apart = rounding_costs(weights, options.bits, sensitivity) > level
+            found[place] = split_outliers(weights, apart)
     size = options.group_size
     if options.chooses_groups:
         size = choose_group_size(
