@@ -144,7 +144,7 @@ def _level(
     for name, options in chosen.items():
         if options.keeps_outliers:
             with _named(name.removesuffix(SUFFIX)) as module:
-                count_costs(level, model.tensor(name).float(), options, sensitivities[module])
+                count_costs(level, model.tensor(name), options, sensitivities[module])
     return level.value()
 
 

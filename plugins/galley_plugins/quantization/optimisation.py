@@ -44,12 +44,14 @@ def optimise_scales(
         scales: float32 [output, groups], where to start.
         costs: float32 [input] of squared errors, none negative; None is the same for all.
     """
-    shares = torch.ones(weights.shape[1]) if costs is None else costs / costs.mean().clamp_min(1e-30)
     groups = weights.contiguous().view(scales.numel(), -1).numpy()
     low, high = code_range(bits)
     found = np.empty(len(groups), np.float32)
     initial = scales.float().contiguous().view(-1).numpy()
-    beside = shares.float().contiguous().view(scales.shape[1], -1).numpy()
+    beside = None
+    if costs is not None:
+        shares = costs.float() / costs.mean().clamp_min(1e-30)
+        beside = shares.contiguous().view(scales.shape[1], -1).numpy()
 
     def some(part: slice) -> None:
         _optimise(
@@ -70,7 +72,7 @@ def optimise_scales(
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 def _optimise(
     groups: np.ndarray,
-    beside: np.ndarray,
+    beside: np.ndarray | None,
     initial: np.ndarray,
     low: float,
     high: float,
@@ -79,10 +81,12 @@ def _optimise(
     found: np.ndarray,
 ) -> None:
     for group in range(len(groups)):
-        weights, costs, start = groups[group], beside[group % len(beside)], initial[group]
+        weights, start = groups[group], initial[group]
+        part = 0 if beside is None else group % len(beside)
         energy = np.float32(0)
-        for weight, cost in zip(weights, costs):  # noqa: B905 (numba knows no strict)
-            energy += cost * weight * weight
+        for place, weight in enumerate(weights):
+            counted = weight if beside is None else beside[part, place] * weight
+            energy += counted * weight
         found[group] = start
         if energy == 0:
             continue
@@ -95,12 +99,13 @@ def _optimise(
             scale = np.float32(start * ratio)
             inverse = np.float32(1) / scale
             error, gradient = np.float32(0), np.float32(0)
-            for weight, cost in zip(weights, costs):  # noqa: B905
+            for place, weight in enumerate(weights):
                 code = np.float32(math.floor(weight * inverse + np.float32(0.5)))
                 code = min(max(code, np.float32(low)), np.float32(high))
                 difference = scale * code - weight
-                error += cost * difference * difference
-                gradient += cost * difference * code
+                counted = difference if beside is None else beside[part, place] * difference
+                error += counted * difference
+                gradient += counted * code
             if error < least:
                 least, best, found[group] = error, ratio, scale
                 waited = 0

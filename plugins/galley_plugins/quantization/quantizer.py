@@ -88,7 +88,12 @@ def rounding_costs(weights: torch.Tensor, bits: int, sensitivity: Sensitivity) -
 def count_costs(
     level: CostLevel, weights: torch.Tensor, options: QuantizationOptions, sensitivity: Sensitivity
 ) -> None:
-    """Count a matrix in, and as many outliers as the options' sigma would give it."""
+    """Count a matrix in, and as many outliers as the options' sigma would give it.
+
+    Raises:
+        ValueError: as `quantize`.
+    """
+    weights = _checked(weights)
     wanted = int(outliers_of(weights, options.sigma).sum())
     level.add(rounding_costs(weights, options.bits, sensitivity), wanted)
 

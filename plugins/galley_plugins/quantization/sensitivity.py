@@ -107,7 +107,7 @@ def own_text(
         advance: told of each token of all texts.
 
     Raises:
-        ValueError: the model's configuration names no token to begin with.
+        ValueError: the model's configuration names no token to begin with, or its logits are not finite.
     """
     settings = model.generation_config
     first = settings.bos_token_id if settings.bos_token_id is not None else settings.eos_token_id
@@ -120,7 +120,10 @@ def own_text(
     for _ in range(tokens - 1):
         step = model(last.to(model.device), past_key_values=cache, use_cache=True)
         cache = step.past_key_values
-        last = torch.multinomial(step.logits[:, -1].float().softmax(-1).cpu(), 1, generator=generator)
+        shares = step.logits[:, -1].float().softmax(-1).cpu()
+        if not torch.isfinite(shares).all():
+            raise ValueError("found logits that are not finite, expected a model that writes text")
+        last = torch.multinomial(shares, 1, generator=generator)
         written.append(last)
         if advance is not None:
             advance()

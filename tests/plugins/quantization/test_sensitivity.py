@@ -124,6 +124,8 @@ def test_gradients_that_overflow_are_refused() -> None:
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
     with pytest.raises(ValueError, match="found gradients that are not finite"):
         measure(model, torch.tensor([[1, 2, 3]]), MODULES)
+    with pytest.raises(ValueError, match="found logits that are not finite"):
+        own_text(model, texts=2, tokens=2)
 
 
 @pytest.fixture
