@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from galley_plugins.worker.device import Device
 
 PLUGINS = ("galley", "galley_status")
+OPENMP = ("libiomp", "libomp", "libgomp")
+"""Runtimes of which vLLM takes one: whoever preloads another keeps it."""
 KEEP_ALIVE_SECONDS = 120  # longer than the gateway keeps an idle connection, so that it never races a close
 
 
@@ -60,8 +62,10 @@ def worker_environment(
     if device == "cpu":
         preload = [path for path in environment.get("LD_PRELOAD", "").split(":") if path]
         for library in preloaded_libraries():
-            family = library.name.split(".")[0].removesuffix("_minimal")
-            if not any(family in path for path in preload):
+            family = (
+                OPENMP if library == _openmp() else (library.name.split(".")[0].removesuffix("_minimal"),)
+            )
+            if not any(name in path for path in preload for name in family):
                 preload.append(str(library))
         if preload:
             environment["LD_PRELOAD"] = ":".join(preload)
@@ -82,7 +86,7 @@ def preloaded_libraries() -> list[Path]:
 def runs_intel_openmp(current: Mapping[str, str]) -> bool:
     """Whether a worker on a CPU, started from this environment, has Intel's OpenMP runtime."""
     own = current.get("LD_PRELOAD", "")
-    return "libiomp" in own or _openmp().is_file()
+    return "libiomp" in own or (not any(name in own for name in OPENMP) and _openmp().is_file())
 
 
 def _openmp() -> Path:

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from galley_plugins.worker import environment
-from galley_plugins.worker.environment import NoCompilerError, preloaded_libraries, worker_environment
+from galley_plugins.worker.environment import (
+    NoCompilerError,
+    preloaded_libraries,
+    runs_intel_openmp,
+    worker_environment,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,11 +151,27 @@ def test_cuda_needs_no_compiler_of_the_machine(tools: Callable[..., None]) -> No
         (FULL, f"{FULL}:OPENMP"),  # two allocators would be one too many
         (f"{MINIMAL}:", f"{MINIMAL}:OPENMP"),
         ("/opt/intel/libiomp5.so", f"/opt/intel/libiomp5.so:{MINIMAL}"),
+        ("/lib/libgomp.so.1", f"/lib/libgomp.so.1:{MINIMAL}"),  # vLLM refuses to start beside two
+        ("/lib/libomp.so", f"/lib/libomp.so:{MINIMAL}"),
     ],
 )
 def test_a_library_that_the_user_preloads_is_not_added_again(own: str, expected: str, system: Any) -> None:
     openmp = system(CACHE, openmp=True)
     assert worker_environment("cpu", {"LD_PRELOAD": own})["LD_PRELOAD"] == expected.replace("OPENMP", openmp)
+
+
+@pytest.mark.parametrize(
+    ("own", "there", "expected"),
+    [
+        ("", True, True), ("", False, False), ("/lib/libiomp5.so", False, True), ("/lib/mine.so", True, True),
+        ("/lib/libgomp.so.1", True, False), ("/lib/libomp.so", True, False),
+    ],
+)  # fmt: skip
+def test_intels_openmp_runs_unless_another_is_preloaded(
+    own: str, there: bool, expected: bool, system: Any
+) -> None:
+    system("", openmp=there)
+    assert runs_intel_openmp({"LD_PRELOAD": own}) == expected
 
 
 def test_libraries_that_are_not_there_are_not_preloaded(system: Any) -> None:
