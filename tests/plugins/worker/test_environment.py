@@ -188,9 +188,11 @@ def test_what_is_preloaded_here_is_really_mapped_into_the_process() -> None:
     if not libraries:
         pytest.skip("neither intel-openmp nor tcmalloc is installed")
     maps = [sys.executable, "-c", "print(open('/proc/self/maps').read())"]
+    # vLLM, once imported by another test of this process, names its own OpenMP runtime as the user's.
+    current = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     run = subprocess.run(
         maps,
-        env=worker_environment("cpu", os.environ),
+        env=worker_environment("cpu", current),
         capture_output=True,
         text=True,
         timeout=60,
