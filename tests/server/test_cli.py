@@ -176,8 +176,10 @@ def wait_for(url: str, status: int, process: subprocess.Popen) -> httpx.Response
 
 @pytest.fixture
 def start():
-    """Starts `galley` in a process; whatever still runs in the end is ended."""
+    """Starts `galley` in a process, interruptible; whatever still runs in the end is ended."""
     processes = []
+    # A process inherits that SIGINT is ignored, as it is where a shell runs the tests in the background.
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def begin(*arguments: str, **environment: str) -> subprocess.Popen:
         process = subprocess.Popen(
@@ -191,6 +193,7 @@ def start():
         return process
 
     yield begin
+    signal.signal(signal.SIGINT, interrupted)
     for process in processes:
         process.kill()
         process.communicate()
