@@ -120,7 +120,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.record is None and not options.quick and set(options.only) != set(SECTIONS):
         options.record = ".".join(options.only)
     options.record = options.record or ("quick" if options.quick else None)
-    options.repeats = options.repeats or (1 if options.quick else REPEATS)
+    options.repeats = options.repeats or REPEATS
     options.windows = QUICK_WINDOWS if options.quick and options.windows is None else options.windows
     options.windows = WINDOWS if options.windows is None else options.windows
     if options.windows < 1:

@@ -95,7 +95,7 @@ def test_records_are_called_by_what_they_hold(tmp_path: Path, monkeypatch: pytes
         (tmp_path / path).write_text("words")
     data = ("--data", str(tmp_path))
     options = bench.read_options([*data, "--quick"])
-    assert (options.windows, options.choices, options.repeats) == (1, list(bench.QUICK_CHOICES), 1)
+    assert (options.windows, options.choices, options.repeats) == (1, list(bench.QUICK_CHOICES), 3)
     assert (options.only, options.record) == (["perplexity", "speed"], "quick")
     options = bench.read_options(["--only", "seconds"])
     assert (options.record, options.repeats, options.data) == ("seconds", 3, None)
